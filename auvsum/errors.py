@@ -1,0 +1,118 @@
+"""Every error that a user can meet; each class owns its exit code and its `kind`.
+
+    AuvsumError
+    ├── DocumentError  1   one document failed; the others go on
+    │   ├── DocumentNotFound · DocumentUnreadable · DocumentEmpty · DocumentBinary · DocumentEncoding
+    │   ├── DocumentTooLong
+    │   └── GenerationFailed
+    ├── UsageError     2   flags, configuration, budgets, policies
+    │   ├── ConfigError · BudgetError · PolicyError · TemplateError
+    └── ModelError     3   the model or the device is not to be had
+        ├── ModelNotFound · ModelIncomplete · ModelUnsupported · DownloadFailed
+        └── DeviceError
+
+A message says what happened and why; `hint` says what to type next. Both are single lines.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AuvsumError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: what happened and why, one line.
+        hint: what to do about it, one line; may be empty.
+    """
+
+    exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "error"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def record(self) -> dict[str, str]:
+        """The `"error"` object of a JSON record."""
+        return {"kind": self.kind, "message": self.message, "hint": self.hint}
+
+
+class DocumentError(AuvsumError):
+    kind = "document"
+
+
+class DocumentNotFound(DocumentError):
+    kind = "document-not-found"
+
+
+class DocumentUnreadable(DocumentError):
+    kind = "document-unreadable"
+
+
+class DocumentEmpty(DocumentError):
+    kind = "document-empty"
+
+
+class DocumentBinary(DocumentError):
+    kind = "document-binary"
+
+
+class DocumentEncoding(DocumentError):
+    kind = "document-encoding"
+
+
+class DocumentTooLong(DocumentError):
+    kind = "document-too-long"
+
+
+class GenerationFailed(DocumentError):
+    kind = "generation-failed"
+
+
+class UsageError(AuvsumError):
+    exit_code = 2
+    kind = "usage"
+
+
+class ConfigError(UsageError):
+    kind = "config"
+
+
+class BudgetError(UsageError):
+    kind = "budget"
+
+
+class PolicyError(UsageError):
+    kind = "policy"
+
+
+class TemplateError(UsageError):
+    kind = "template"
+
+
+class ModelError(AuvsumError):
+    exit_code = 3
+    kind = "model"
+
+
+class ModelNotFound(ModelError):
+    kind = "model-not-found"
+
+
+class ModelIncomplete(ModelError):
+    kind = "model-incomplete"
+
+
+class ModelUnsupported(ModelError):
+    kind = "model-unsupported"
+
+
+class DownloadFailed(ModelError):
+    kind = "download-failed"
+
+
+class DeviceError(ModelError):
+    kind = "device"

@@ -1,0 +1,53 @@
+"""What the engine says while it works. The engine prints nothing: the token stream, the panel, the JSON record,
+the evaluation and the tests all read these.
+
+`request` is the index of the document in the order given; times are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """A chunk of a prompt has been read."""
+
+    request: int
+    done_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prompt has been read and squeezed into its slots."""
+
+    request: int
+    prompt_tokens: int
+    seconds: float
+    prefill_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One new token of one document."""
+
+    request: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A document is complete. `token_ids` excludes the end-of-sequence token."""
+
+    request: int
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    decode_seconds: float
+    kv_bytes: int
+
+
+Event = PrefillProgress | Prefilled | Token | Finished
