@@ -174,7 +174,7 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, str]:
     """`AUVSUM_*` by field name. An empty variable is not set; one that is nearly a setting is a mistake, not noise."""
     for name in env:
         if name.startswith("AUVSUM_") and name[7:].lower() not in _FIELDS:
-            near = difflib.get_close_matches(name[7:].lower(), _FIELDS, n=1, cutoff=0.85)
+            near = difflib.get_close_matches(name[7:].lower(), _FIELDS, n=1, cutoff=0.8)
             if near:
                 raise ConfigError(f"unknown environment variable {name}", f"did you mean {_variable(near[0])}?")
     return {key: env[_variable(key)] for key in _FIELDS if env.get(_variable(key))}
