@@ -73,5 +73,4 @@ def run(arguments: Sequence[str]) -> int:
         command = context.command_path if context else "auvsum"
         Console().error(" ".join(error.format_message().split()), f"see `{command} --help`")
         code = int(getattr(error, "exit_code", 2))
-    sys.stdout.flush()
     return int(code or 0)

@@ -11,6 +11,16 @@ from auvsum.ui.console import Console
 INTERRUPTED = 130
 
 
+class InternalError(AuvsumError):
+    """A defect of ours, whatever it raised."""
+
+    kind = "internal"
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"internal: {type(cause).__name__}: {cause}", "run it again with --debug, and report it")
+        self.__cause__ = cause
+
+
 def report(console: Console, error: AuvsumError, document: str = "") -> None:
     """The error's two lines, under the document's name if one is given; its traceback with `--debug`."""
     if console.debug:
@@ -32,10 +42,7 @@ def guarded(console: Console, work: Callable[[], int]) -> int:
     except AuvsumError as error:
         report(console, error)
         return error.exit_code
-    except Exception as error:  # a defect of ours: say so in a line
-        if console.debug:
-            traceback.print_exc()
-        console.error(
-            f"internal: {type(error).__name__}: {error}", "run it again with --debug for the traceback, and report it"
-        )
-        return 1
+    except Exception as error:
+        defect = InternalError(error)
+        report(console, defect)
+        return defect.exit_code

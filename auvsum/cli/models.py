@@ -14,11 +14,14 @@ from auvsum.cli.guard import guarded
 from auvsum.ui.console import Console
 
 if TYPE_CHECKING:
-    from auvsum.engine.models import ModelInfo
+    from auvsum.engine.catalogue import ModelInfo
 
 app = typer.Typer(help="Models: list them, bring one here, find its folder.")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Short name, folder, or hub id.")]
+Name = Annotated[
+    str | None,
+    typer.Argument(metavar="[NAME]", help="Short name, folder, or hub id; the default model without it."),
+]
 
 
 @app.command("list")
@@ -37,7 +40,7 @@ def list_(
     console = Console(color.value, debug=debug)
 
     def work() -> int:
-        from auvsum.engine.models import listing
+        from auvsum.engine.catalogue import listing
 
         models = listing()
         if format is options.Format.json:
@@ -52,7 +55,7 @@ def list_(
 
 @app.command("pull")
 def pull(
-    name: Name,
+    name: Name = None,
     download: options.Download = None,
     color: options.ColorOption = options.Color.auto,
     quiet: options.Quiet = False,
@@ -62,7 +65,7 @@ def pull(
 
     \b
     Examples:
-      auvsum models pull smollm2-135m-instruct
+      auvsum models pull
       auvsum models pull facebook/opt-1.3b --download
     """
     console = Console(color.value, quiet, debug=debug)
@@ -78,7 +81,7 @@ def pull(
 
 @app.command("path")
 def path(
-    name: Name,
+    name: Name = None,
     color: options.ColorOption = options.Color.auto,
     debug: options.Debug = False,
 ) -> int:
@@ -86,7 +89,7 @@ def path(
 
     \b
     Examples:
-      auvsum models path smollm2-135m-instruct
+      auvsum models path opt-1.3b
     """
     console = Console(color.value, debug=debug)
 

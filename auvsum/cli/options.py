@@ -22,61 +22,52 @@ class Format(str, Enum):
     json = "json"
 
 
-_MODEL, _LENGTH, _CACHE, _RUN, _OUTPUT = "Model", "Summary", "KV cache", "Computation", "Output"
+def _option(help_: str, *names: str, metavar: str | None = None) -> object:
+    return typer.Option(*names, help=help_, metavar=metavar, show_default=False)
 
 
-def _option(panel: str, help_: str, *names: str, metavar: str | None = None) -> object:
-    return typer.Option(*names, help=help_, metavar=metavar, rich_help_panel=panel, show_default=False)
+Model = Annotated[str | None, _option("Short name, folder, or hub id in the local cache.", metavar="NAME")]
+Download = Annotated[bool | None, _option("Allow a missing model to be downloaded.", "--download/--no-download")]
 
-
-Model = Annotated[str | None, _option(_MODEL, "Short name, folder, or hub id in the local cache.", metavar="NAME")]
-Download = Annotated[
-    bool | None, _option(_MODEL, "Allow a missing model to be downloaded.", "--download/--no-download")
-]
-
-Policy = Annotated[str | None, _option(_CACHE, "What leaves the cache: auv, h2o, full.", metavar="NAME")]
+Policy = Annotated[str | None, _option("What leaves the cache: auv, h2o, full.", metavar="NAME")]
 PolicyOption = Annotated[
-    list[str] | None, _option(_CACHE, "An option of the policy; repeatable.", "--policy-option", metavar="KEY=VALUE")
+    list[str] | None, _option("An option of the policy; repeatable.", "--policy-option", metavar="KEY=VALUE")
 ]
 Budget = Annotated[
     str | None,
-    _option(_CACHE, "auto, 4% of the full cache's bytes, 512 slots a layer, or 64MiB.", metavar="AMOUNT"),
+    _option("auto, 4% of the full cache's bytes, 512 slots a layer, or 64MiB.", metavar="AMOUNT"),
 ]
-BudgetScope = Annotated[
-    str | None, _option(_CACHE, "bytes, or the accounting of the AUV paper.", metavar="bytes|paper")
-]
-KvBits = Annotated[int | None, _option(_CACHE, "Bits of a stored key or value.", metavar="16|8|4")]
+BudgetScope = Annotated[str | None, _option("bytes, or the accounting of the AUV paper.", metavar="bytes|paper")]
+KvBits = Annotated[int | None, _option("Bits of a stored key or value.", metavar="16|8|4")]
 Strategy = Annotated[
     str | None,
-    _option(_CACHE, "Read in one pass, or in chunks over the budgeted cache.", metavar="auto|single|stream"),
+    _option("Read in one pass, or in chunks over the budgeted cache.", metavar="auto|single|stream"),
 ]
-Chunk = Annotated[int | None, _option(_CACHE, "Tokens a chunk of the stream strategy.", metavar="N")]
+Chunk = Annotated[int | None, _option("Tokens a chunk of the stream strategy.", metavar="N")]
 
-MaxTokens = Annotated[int | None, _option(_LENGTH, "The most tokens to write.", metavar="N")]
-Sentences = Annotated[int | None, _option(_LENGTH, "Length to ask for, in sentences.", metavar="N")]
-Words = Annotated[int | None, _option(_LENGTH, "Length to ask for, in words.", metavar="N")]
-Template = Annotated[str | None, _option(_LENGTH, "auto, chat, completion, or a YAML file.", metavar="NAME|FILE")]
-Instruction = Annotated[str | None, _option(_LENGTH, "What to ask for instead of a summary.", metavar="TEXT")]
-Truncate = Annotated[
-    bool | None, _option(_LENGTH, "Cut a document that is too long, and say so.", "--truncate/--no-truncate")
-]
-Encoding = Annotated[str | None, _option(_LENGTH, "Encoding of the files; otherwise detected.", metavar="NAME")]
+MaxTokens = Annotated[int | None, _option("The most tokens to write.", metavar="N")]
+Sentences = Annotated[int | None, _option("Length to ask for, in sentences.", metavar="N")]
+Words = Annotated[int | None, _option("Length to ask for, in words.", metavar="N")]
+Template = Annotated[str | None, _option("auto, chat, completion, or a YAML file.", metavar="NAME|FILE")]
+Instruction = Annotated[str | None, _option("What to ask for instead of a summary.", metavar="TEXT")]
+Truncate = Annotated[bool | None, _option("Cut a document that is too long, and say so.", "--truncate/--no-truncate")]
+Encoding = Annotated[str | None, _option("Encoding of the files; otherwise detected.", metavar="NAME")]
 
-Device = Annotated[str | None, _option(_RUN, "auto, cpu, cuda or cuda:1.", metavar="NAME")]
-Dtype = Annotated[str | None, _option(_RUN, "auto, bf16, fp16 or fp32.", metavar="NAME")]
-Threads = Annotated[int | None, _option(_RUN, "CPU threads.", metavar="N")]
-Temperature = Annotated[float | None, _option(_RUN, "0 takes the likeliest token each time.", metavar="X")]
-TopP = Annotated[float | None, _option(_RUN, "Sample from the likeliest tokens up to this probability.", metavar="X")]
-Seed = Annotated[int | None, _option(_RUN, "Seed of the sampling.", metavar="N")]
+Device = Annotated[str | None, _option("auto, cpu, cuda or cuda:1.", metavar="NAME")]
+Dtype = Annotated[str | None, _option("auto, bf16, fp16 or fp32.", metavar="NAME")]
+Threads = Annotated[int | None, _option("CPU threads.", metavar="N")]
+Temperature = Annotated[float | None, _option("0 takes the likeliest token each time.", metavar="X")]
+TopP = Annotated[float | None, _option("Sample from the likeliest tokens up to this probability.", metavar="X")]
+Seed = Annotated[int | None, _option("Seed of the sampling.", metavar="N")]
 
-FormatOption = Annotated[Format, _option(_OUTPUT, "The summary, or its whole record.", "--format")]
-DryRun = Annotated[bool, _option(_OUTPUT, "Say what would be read and held, and write no summary.", "--dry-run")]
-Config = Annotated[Path | None, _option(_OUTPUT, "Settings to use instead of ./auvsum.yaml.", "--config")]
-Origins = Annotated[bool, _option(_OUTPUT, "Where each value came from.", "--origins")]
-ColorOption = Annotated[Color, _option(_OUTPUT, "Colours on stderr.", "--color")]
-Quiet = Annotated[bool, _option(_OUTPUT, "Only errors on stderr.", "--quiet", "-q")]
-Verbose = Annotated[bool, _option(_OUTPUT, "More on stderr.", "--verbose", "-v")]
-Debug = Annotated[bool, _option(_OUTPUT, "Tracebacks for errors.", "--debug")]
+FormatOption = Annotated[Format, _option("The summary, or its whole record.", "--format")]
+DryRun = Annotated[bool, _option("Say what would be read and held, and write no summary.", "--dry-run")]
+Config = Annotated[Path | None, _option("Settings to use instead of ./auvsum.yaml.", "--config")]
+Origins = Annotated[bool, _option("Where each value came from.", "--origins")]
+ColorOption = Annotated[Color, _option("Colours on stderr.", "--color")]
+Quiet = Annotated[bool, _option("Only errors on stderr.", "--quiet", "-q")]
+Verbose = Annotated[bool, _option("More on stderr.", "--verbose", "-v")]
+Debug = Annotated[bool, _option("Tracebacks for errors.", "--debug")]
 
 
 def policy_options(given: list[str] | None) -> dict[str, object] | None:

@@ -10,7 +10,7 @@ import typer
 
 from auvsum.budget import size
 from auvsum.cli import options
-from auvsum.cli.guard import guarded, report
+from auvsum.cli.guard import InternalError, guarded, report
 from auvsum.config import Settings, load_settings
 from auvsum.errors import AuvsumError, ModelError
 from auvsum.events import Event, PrefillProgress
@@ -122,6 +122,9 @@ class _Run:
             except AuvsumError as error:
                 self._failed(file, error)
                 codes.append(error.exit_code)
+            except Exception as error:
+                self._failed(file, InternalError(error))
+                codes.append(InternalError.exit_code)
         return codes[0] if len(codes) == 1 else int(any(codes))
 
     def _plan(self, document: Document) -> None:

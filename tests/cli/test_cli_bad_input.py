@@ -92,7 +92,7 @@ def test_configuration_files(cli: Any, one_line: Callable[[str], None]) -> None:
 
 
 def test_no_command_and_no_file(cli: Any, one_line: Callable[[str], None]) -> None:
-    for arguments in ([], ["summarize"], ["frobnicate"], ["models"], ["config"], ["models", "path"]):
+    for arguments in ([], ["summarize"], ["frobnicate"], ["models"], ["config"]):
         result = cli.real(*arguments)
         assert (result.code, result.out) == (2, b"")
         one_line(result.err)

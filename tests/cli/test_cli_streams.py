@@ -90,15 +90,17 @@ def test_several_files_one_bad(cli: Any) -> None:
     cli.write("a.txt", "text")
     cli.write("b.txt", "FAIL")
     cli.write("c.txt", "SMALL")
-    cli.write("d.txt", "text")
-    result = cli.fake("summarize", "a.txt", "b.txt", "missing.txt", "c.txt", "d.txt")
+    cli.write("d.txt", "CRASH")
+    cli.write("e.txt", "text")
+    result = cli.fake("summarize", "a.txt", "b.txt", "missing.txt", "c.txt", "d.txt", "e.txt")
     assert result.code == 1
-    assert result.text == f"==> a.txt <==\n{SUMMARY}\n==> d.txt <==\n{SUMMARY}"
+    assert result.text == f"==> a.txt <==\n{SUMMARY}\n==> e.txt <==\n{SUMMARY}"
     errors = [line for line in result.err.splitlines() if line.startswith("error:")]
     assert errors == [
         "error: b.txt: nothing was written",
         "error: missing.txt does not exist",
         "error: c.txt: budget 2 gives 2 slots per layer",
+        "error: d.txt: internal: ZeroDivisionError: division by zero",
     ]
     assert result.err.count("loaded in") == 1
 
@@ -156,7 +158,7 @@ def test_defects_are_one_line(cli: Any) -> None:
     cli.write("a.txt", "CRASH")
     result = cli.fake("summarize", "a.txt", "-q")
     assert (result.code, result.out) == (1, b"")
-    assert result.err.splitlines()[0] == "error: internal: ZeroDivisionError: division by zero"
+    assert result.err.splitlines()[0] == "error: a.txt: internal: ZeroDivisionError: division by zero"
     assert "--debug" in result.err
     result = cli.fake("summarize", "a.txt", "-q", "--debug")
     assert result.code == 1
