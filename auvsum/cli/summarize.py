@@ -133,8 +133,7 @@ class _Run:
             self._console.write(_json(_plan_record(document, plan)))
             return
         self._console.write(f"{document.id}: {_plan_line(plan)}\n")
-        if plan.budget is not None:
-            self._console.write(f"  budget: {plan.budget.echo()}\n")
+        self._console.write(f"  budget: {plan.budget.echo()}\n")
         for warning in plan.warnings:
             self._console.warn(f"{document.id}: {warning}")
 
@@ -142,8 +141,7 @@ class _Run:
         model = self._summarizer()
         plan = model.plan(document.text)
         self._console.detail(f"{document.id}: {_plan_line(plan)}")
-        if plan.budget is not None:
-            self._console.note(f"budget: {plan.budget.echo()}")
+        self._console.note(f"budget: {plan.budget.echo()}")
         title = f"==> {document.id} <==\n" if titled and not self._json else ""
         if title and self._written:
             title = f"\n{title}"
@@ -235,7 +233,7 @@ def cost_line(record: dict[str, Any]) -> str:
 
 def _plan_line(plan: Plan) -> str:
     tokens = f"{plan.prompt_tokens:,} tokens ({plan.document_tokens:,} of the document)"
-    return f"{tokens} · policy {plan.policy} · strategy {plan.strategy}"
+    return f"{tokens} · policy {plan.policy.name} · strategy {plan.strategy}"
 
 
 def _plan_record(document: Document, plan: Plan) -> dict[str, Any]:
@@ -245,8 +243,8 @@ def _plan_record(document: Document, plan: Plan) -> dict[str, Any]:
         "source": document.source,
         "tokens": {"document": plan.document_tokens, "prompt": plan.prompt_tokens},
         "strategy": plan.strategy,
-        "policy": plan.policy,
-        "budget": None if budget is None else {"asked": budget.asked, "slots": budget.slots, "bytes": budget.bytes},
+        "policy": plan.policy.name,
+        "budget": {"asked": budget.asked, "slots": budget.slots, "bytes": budget.bytes},
         "warnings": [*document.warnings, *plan.warnings],
     }
 

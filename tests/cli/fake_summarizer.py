@@ -36,7 +36,12 @@ class Summarizer:
             raise BudgetError("budget 2 gives 2 slots per layer", "the least that works here is 5 (slots)")
         budget = ResolvedBudget(self._settings.budget, "bytes", 209, 2**21, 2**26, 5214, False, 30)
         return SimpleNamespace(
-            prompt_tokens=5214, document_tokens=5160, strategy="stream", policy="auv", budget=budget, warnings=["tiny"]
+            prompt_tokens=5214,
+            document_tokens=5160,
+            strategy="stream",
+            policy=SimpleNamespace(name="auv"),
+            budget=budget,
+            warnings=("tiny",),
         )
 
     def summarize(
