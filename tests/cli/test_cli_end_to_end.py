@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def summarize(cli: Any, model: str, *arguments: str, document: str = DOCUMENT) -> Any:
     cli.write("report.txt", document)
-    return cli.real("summarize", "report.txt", "--model", model, "--dtype", "fp32", "--max-tokens", "12", *arguments)
+    return cli.inside("summarize", "report.txt", "--model", model, "--dtype", "fp32", "--max-tokens", "12", *arguments)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -65,7 +65,8 @@ def test_record(cli: Any, models: dict[str, str], family: str, budget: str) -> N
 def test_text_is_the_summary_of_the_record_and_repeats(cli: Any, models: dict[str, str]) -> None:
     arguments = ("--budget", "96", "--temperature", "0.8", "--seed", "3")
     record = json.loads(summarize(cli, models["llama"], *arguments, "--format", "json").out)
-    result = summarize(cli, models["llama"], *arguments)
+    command = ("summarize", "report.txt", "--model", models["llama"], "--dtype", "fp32", "--max-tokens", "12")
+    result = cli.real(*command, *arguments)
     assert result.code == 0
     assert result.text == record["summary"].strip() + "\n"
     assert result.out != summarize(cli, models["llama"], *arguments[:-1], "4").out
@@ -153,7 +154,7 @@ def test_control_tokens_in_a_document_do_not_end_it(cli: Any, models: dict[str, 
 def test_one_bad_file_among_good_ones(cli: Any, models: dict[str, str]) -> None:
     cli.write("a.txt", DOCUMENT)
     cli.write("b.txt", b"%PDF-1.4")
-    result = cli.real(
+    result = cli.inside(
         "summarize", "a.txt", "b.txt", "a.txt", "--model", models["opt"], "--max-tokens", "4", "--format", "json"
     )
     assert result.code == 1
@@ -175,23 +176,23 @@ def test_doctor(cli: Any) -> None:
 
 
 def test_doctor_fails_for_a_model_that_is_not_here(cli: Any, models: dict[str, str]) -> None:
-    result = cli.real("doctor", "--model", models["t5"])
+    result = cli.inside("doctor", "--model", models["t5"])
     assert result.code == 3
     assert "FAILED" in result.text
     assert result.err.startswith("error: a check failed")
 
 
 def test_models(cli: Any, models: dict[str, str], one_line: Any) -> None:
-    result = cli.real("models", "list")
+    result = cli.inside("models", "list")
     assert (result.code, result.err) == (0, "")
     lines = result.text.splitlines()
     assert lines[0].split()[:2] == ["NAME", "HERE"]
     assert lines[1].split()[:2] == ["smollm2-135m-instruct", "no"]
-    listed = json.loads(cli.real("models", "list", "--format", "json").out)
+    listed = json.loads(cli.inside("models", "list", "--format", "json").out)
     assert any(model["name"] == "opt-1.3b" and not model["present"] for model in listed)
-    result = cli.real("models", "path", models["opt"])
+    result = cli.inside("models", "path", models["opt"])
     assert (result.code, Path(result.text.strip())) == (0, Path(models["opt"]))
     for arguments in (["path"], ["path", "opt-125m"], ["pull", "opt-125m"], ["pull", "nonsense"]):
-        result = cli.real("models", *arguments)
+        result = cli.inside("models", *arguments)
         assert (result.code, result.out) == (3, b"")
         one_line(result.err)
