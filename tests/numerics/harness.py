@@ -58,13 +58,16 @@ def feed(
     calls: list[torch.Tensor],
     snapshot: Callable[[], dict[tuple[int, int], dict[str, Any]]],
     row: int = 0,
+    mask: torch.Tensor | None = None,
 ) -> list[Call]:
+    """`mask` [B, N] is 0 on left padding; each call gets what it covers so far, as transformers wants it."""
     trace = []
     fed = 0
     with torch.no_grad():
         for ids in calls:
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[row]
             fed += ids.shape[1]
+            padding = {} if mask is None else {"attention_mask": mask[:, :fed]}
+            logits = model(ids, past_key_values=cache, use_cache=True, **padding).logits[row]
             if cache.get_seq_length() != fed:
                 raise Mismatch(f"get_seq_length() is {cache.get_seq_length()} after {fed} tokens")
             trace.append(Call(ids.shape[1], logits.clone(), snapshot()))
@@ -88,6 +91,7 @@ def run_package(
     calls: list[torch.Tensor],
     begin: int | None = None,
     row: int = 0,
+    mask: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[list[Call], Any]:
     from auvsum.cache.cache import BudgetedCache
@@ -102,7 +106,7 @@ def run_package(
         return {(i, h): copied(cache.layers[i].store.snapshot(row, h)) for i, h in places}
 
     with attention(model, "auvsum"):
-        return feed(model, cache, calls, snapshot, row), cache
+        return feed(model, cache, calls, snapshot, row, mask), cache
 
 
 def copied(view: Any) -> Any:

@@ -1,0 +1,136 @@
+"""AUV in the package against the naive oracle: everything it holds, after every call, for 200 decode steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests import tiny
+from tests.numerics import harness
+from tests.numerics.naive import NaiveAuv
+
+STEPS = 200
+
+# prompt length, chunks (None: one call), options of the policy
+CASES: dict[str, tuple[int, list[int] | None, dict[str, Any]]] = {
+    "one-shot": (96, None, {"slots": 25}),
+    "chunked": (96, [30, 2, 40, 24], {"slots": 25}),
+    "short prompt": (10, None, {"slots": 25}),
+    "no reconstructed slot": (60, None, {"slots": 24, "reconstruct": False}),
+    "top_k and decay": (60, [25, 35], {"slots": 33, "top_k": 3, "decay": 0.9}),
+    "least memory": (40, [3, 17, 20], {"slots": 4}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_matches_the_oracle(model: PreTrainedModel, case: str) -> None:
+    prompt, chunks, options = CASES[case]
+    calls = harness.split(tiny.tokens(prompt + STEPS, seed=11), prompt, chunks)
+    expected, naive = harness.run_naive(model, calls, lambda: NaiveAuv(n_max=prompt, **options))
+    assert naive.smallest_margin() > harness.CLEAR, "a decision of this stream is too close to judge: take another seed"
+    actual, _ = harness.run_package(model, calls, begin=prompt, policy="auv", **options)
+    assert harness.evictions(expected) >= 10
+    harness.compare(actual, expected)
+
+
+def test_n_max_defaults_to_the_first_call(llama: PreTrainedModel) -> None:
+    calls = harness.split(tiny.tokens(60, seed=12), 50, [20, 30])
+    expected, _ = harness.run_naive(llama, calls, lambda: NaiveAuv(slots=25))
+    actual, _ = harness.run_package(llama, calls, policy="auv", slots=25)
+    harness.compare(actual, expected)
+
+
+def test_rows_of_a_batch_are_independent(model: PreTrainedModel) -> None:
+    streams = [tiny.tokens(90, seed=13), tiny.tokens(90, seed=14)]
+    calls = harness.split(torch.cat(streams), 50)
+    for row, stream in enumerate(streams):
+        expected, naive = harness.run_naive(model, harness.split(stream, 50), lambda: NaiveAuv(slots=25))
+        assert naive.smallest_margin() > harness.CLEAR
+        actual, _ = harness.run_package(model, calls, row=row, policy="auv", slots=25)
+        harness.compare(actual, expected)
+
+
+@pytest.mark.parametrize("pads", [13, 38], ids=["some", "most"])
+def test_left_padding_takes_no_part(opt: PreTrainedModel, pads: int) -> None:
+    """The padded row holds and says what it would alone; with 38 pads its 12 tokens are kept whole while row 0 evicts.
+
+    OPT only: it takes its positions from the mask, while Llama would need explicit position ids.
+    """
+    alone = tiny.tokens(90 - pads, seed=15)
+    padded = torch.cat([torch.zeros(1, pads, dtype=torch.long), alone], dim=1)
+    streams = torch.cat([tiny.tokens(90, seed=16), padded])
+    mask = torch.ones_like(streams)
+    mask[1, :pads] = 0
+
+    expected, naive = harness.run_naive(opt, harness.split(alone, 50 - pads), lambda: NaiveAuv(slots=25))
+    assert naive.smallest_margin() > harness.CLEAR
+    actual, _ = harness.run_package(opt, harness.split(streams, 50), row=1, mask=mask, policy="auv", slots=25)
+    actual[0].logits = actual[0].logits[pads:]  # what a query at a pad says means nothing
+    harness.compare(actual, expected)
+
+
+# Ties that are exact in any order of summation: see tiny.tie_opt.
+TIES = {
+    "one heavy key first": [tiny.HEAVY] + [tiny.LIGHT] * 29,
+    "heavy keys in the middle": [tiny.LIGHT] * 5 + [tiny.HEAVY] * 2 + [tiny.LIGHT] * 23,
+}
+
+
+@pytest.mark.parametrize("prompt", TIES)
+def test_on_a_tie_the_older_token_goes(prompt: str) -> None:
+    model = tiny.tie_opt()
+    stream = torch.tensor([TIES[prompt] + [tiny.LIGHT] * 20])
+    calls = harness.split(stream, 30)
+    expected, naive = harness.run_naive(model, calls, lambda: NaiveAuv(slots=13))
+    assert naive.smallest_margin() == 0.0  # there are ties
+    actual, _ = harness.run_package(model, calls, policy="auv", slots=13)
+    harness.compare(actual, expected)
+
+
+def test_figure_2() -> None:
+    """Four tokens with equal logits: AAS = [.25, .25, .25, .25]."""
+    actual, _ = harness.run_package(tiny.flat_opt(), [tiny.tokens(4, seed=17)], policy="auv", slots=25)
+    for view in actual[0].heads.values():
+        assert [float(x) for x in view["state"]["aas"]] == pytest.approx([0.25] * 4, abs=1e-6)
+        assert [float(x) for x in view["state"]["cnt"]] == [4, 3, 2, 1]
+        assert [float(x) for x in view["state"]["usage"]] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("chunks", [None, [30, 20]], ids=["one-shot", "chunked"])
+def test_n_max_cancels(model: PreTrainedModel, chunks: list[int] | None) -> None:
+    calls = harness.split(tiny.tokens(110, seed=18), 50, chunks)
+    plain, _ = harness.run_package(model, calls, begin=50, policy="auv", slots=25)
+    other, _ = harness.run_package(model, calls, begin=350, policy="auv", slots=25)
+    assert harness.evictions(plain) >= 5
+    harness.compare(other, plain, scale=1 / 7)
+
+
+def test_chunks_equal_one_call_until_the_first_eviction(model: PreTrainedModel) -> None:
+    """3L = 63: the prompt of 50 and 12 steps fit, and the 13th step evicts on both sides alike."""
+    stream = tiny.tokens(70, seed=19)
+    once, _ = harness.run_package(model, harness.split(stream, 50), begin=50, policy="auv", slots=64)
+    parts, _ = harness.run_package(model, harness.split(stream, 50, [17, 2, 31]), begin=50, policy="auv", slots=64)
+    assert harness.evictions(once) == 1
+    for place, view in once[0].heads.items():
+        harness.compare_head(parts[2].heads[place], view, f"after the prompt, (layer, head) {place}")
+    harness.close(torch.cat([part.logits for part in parts[:3]]), once[0].logits, "prompt logits", harness.LOGITS)
+    harness.compare(parts[3:], once[1:])
+
+
+def test_a_prompt_is_cut_from_3l_tokens_on(opt: PreTrainedModel) -> None:
+    """L = 8: 23 tokens are kept whole with the pointer behind them, 24 become the 16 of the candidate region."""
+    for prompt, held in [(23, 23), (24, 16), (25, 16)]:
+        actual, _ = harness.run_package(opt, [tiny.tokens(prompt, seed=20)], policy="auv", slots=25)
+        for view in actual[0].heads.values():
+            assert (len(view["positions"]), int(view["pointer"])) == (held, held)
+
+
+def test_a_quarter_of_the_cache_changes_the_logits(model: PreTrainedModel) -> None:
+    calls = harness.split(tiny.tokens(160, seed=21), 100)
+    full, _ = harness.run_package(model, calls, policy="full")
+    auv, _ = harness.run_package(model, calls, policy="auv", slots=25)
+    a, b = (torch.cat([call.logits for call in trace[1:]]) for trace in (auv, full))
+    assert (a - b).norm() / b.norm() > 1e-2
