@@ -66,7 +66,7 @@ def parse_budget(text: str, scope: Scope = "bytes") -> Budget:
     if unit.upper() not in _UNITS:
         raise BudgetError(f"budget {text!r} has an unknown unit {unit!r}", "units are %, B, KB, MB, GB, KiB, MiB, GiB")
     if scope == "paper":
-        raise BudgetError(f"budget {text!r} is a size, which the paper's accounting does not have", "use a share or slots")
+        raise BudgetError(f"budget {text!r} is a size, but the paper counts tokens", "use a share or a number of slots")
     return Budget(text, "bytes", number * _UNITS[unit.upper()])
 
 

@@ -1,0 +1,121 @@
+"""The attention function "auvsum": what transformers calls in place of its own.
+
+A prompt (more than one query) is read row by row, without padding: fused attention over what the row holds and the
+chunk, then the policy chooses and the layer's store is filled; nothing else of the chunk is kept. A decode step is one
+query a row over the row's slots.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from auvsum.errors import PolicyError
+from auvsum.kernels.column_scores import attend_chunk
+
+if TYPE_CHECKING:
+    from auvsum.cache.cache import LayerCache
+
+NAME = "auvsum"
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over a `BudgetedCache`.
+
+    Args:
+        query: `[B, H, T, D]`. key, value: the new tokens' `[B, G, T, D]`, as `LayerCache.update` returned them.
+        attention_mask: the padding mask `[B, seen + T]`, True for tokens; None without padding.
+
+    Returns:
+        the output `[B, T, H, D]` and no weights.
+
+    Raises:
+        PolicyError: without a `BudgetedCache`, or in a layer with a sliding window.
+    """
+    layer: LayerCache | None = getattr(key, "auvsum_layer", None)
+    if layer is None:
+        raise PolicyError(
+            "attention 'auvsum' was called without a BudgetedCache",
+            "pass past_key_values=auvsum.BudgetedCache(model.config, policy=..., slots=...)",
+        )
+    if sliding_window is not None:
+        raise PolicyError("layers with a sliding window are not supported", "use a model with full attention only")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tokens = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    if query.shape[2] > 1 or layer.reads_prompt:
+        return _read(layer, query, key, value, scale, tokens), None
+    return _step(layer, query, key, value, scale), None
+
+
+def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
+    """A chunk of a prompt for each row; padding takes no part and gets a zero output."""
+    out = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[-1]))
+    for b in range(query.shape[0]):
+        row = b if layer.row is None else layer.row
+        if tokens is None or bool(tokens[b].all()):
+            out[b] = _read_row(layer, row, query[b : b + 1], key[b : b + 1], value[b : b + 1], scale)
+        elif bool(tokens[b].any()):
+            real = tokens[b].bool()
+            q, k, v = (x[b : b + 1, :, real] for x in (query, key, value))
+            out[b, real] = _read_row(layer, row, q, k, v, scale)
+    return out
+
+
+def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """One row's chunk: attend, observe, choose, fill. Returns `[T, H, D]`."""
+    store, policy = layer.store, layer.policy
+    held = store.hold(row, key[0], value[0])
+    keys, values, past_valid = held.key[None], held.value[None], None
+    past = held.size - held.chunk
+    folded = store.reconstructed(row)
+    if folded is not None:
+        keys = torch.cat([folded[0][None], keys], 2)
+        values = torch.cat([folded[1][None], values], 2)
+        if not bool(folded[2].all()):
+            past_valid = torch.cat([folded[2], folded[2].new_ones((keys.shape[1], past))], 1)
+        past += 1
+    out, seen = attend_chunk(query, keys, values, scale, past, past_valid)
+    layer.count_prefill(keys, values, key, value)
+    policy.observe_chunk(seen, held, store, row)
+    keep = policy.choose(held, int(store.capacity[row]))
+    if keep is not None and store.reconstruct:
+        evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)
+        store.fold(row, held.key, held.value, evicted)
+    store.fill(row, held, keep)
+    return out[0].transpose(0, 1)
+
+
+def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """One decode step of every row. Returns `[B, 1, H, D]`."""
+    store, policy = layer.store, layer.policy
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
+    store.append(policy.place(store), key[:, :, 0], value[:, :, 0])
+    keys, values = store.read()
+    grouped = query.view(batch, groups, heads // groups, size)
+    logits = (grouped @ keys.transpose(-1, -2)).float() * scale
+    probabilities = logits.masked_fill_(~store.valid[:, :, None], -torch.inf).softmax(-1)
+    out = probabilities.to(values.dtype) @ values
+    policy.observe(store, probabilities.mean(2))
+    return out.view(batch, 1, heads, size)
+
+
+def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """transformers builds masks once for all layers; only the padding matters here, the rest is causal by itself."""
+    return attention_mask
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _padding_mask)

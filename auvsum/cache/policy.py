@@ -1,0 +1,171 @@
+"""The protocol of an eviction policy. A policy is one frozen dataclass in one file of `policies/`, found by name.
+
+A policy never touches keys or values: it turns attention probabilities into per-slot state and names slots.
+
+    prompt (one-shot or in chunks)   observe_chunk(attention, held, store, row)   update the state of all candidates
+                                     choose(held, capacity) -> columns to keep, or None for all
+    decode, one token a row          place(store) -> the slot of the arriving token
+                                     observe(store, probabilities)                after attention: update, maybe evict
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from auvsum.budget import SlotCost
+from auvsum.cache.store import Held, SlotStore
+from auvsum.errors import PolicyError
+from auvsum.kernels.column_scores import ChunkAttention
+
+
+@dataclass(frozen=True)
+class Policy(abc.ABC):
+    """Base of all policies. Options are the dataclass's fields."""
+
+    name: ClassVar[str]
+    #: Where it is from.
+    paper: ClassVar[str]
+    #: Where it evicts, for `auvsum policies`.
+    evicts: ClassVar[str]
+    #: Names of its fp32 values per slot.
+    state: ClassVar[tuple[str, ...]] = ()
+    #: The state by which evicted tokens are weighted in the reconstructed K(V), where there is one.
+    folds_by: ClassVar[str] = ""
+
+    @property
+    def keeps_reconstructed(self) -> bool:
+        """Whether a reconstructed K(V) lives beside the slots."""
+        return False
+
+    @property
+    def least_slots(self) -> int:
+        """The fewest slots per layer it works with."""
+        return 2
+
+    def capacity(self, slots: int) -> int:
+        """Of `slots` granted, how many hold tokens."""
+        return slots
+
+    def slots_to_hold(self, tokens: int) -> int:
+        """The slots with which it never evicts among `tokens` tokens."""
+        return max(tokens, self.least_slots)
+
+    def paper_slots(self, tokens: int) -> int:
+        """The slots it peaks at when granted `tokens` tokens in the AUV paper's accounting."""
+        return tokens
+
+    def slot_cost(self, *, kv_heads: int, head_dim: int, element_bytes: int) -> SlotCost:
+        """What its store allocates in one layer for one sequence (`SlotStore` allocates exactly this)."""
+        per_slot = kv_heads * (2 * head_dim * element_bytes + 4 * len(self.state) + _SLOT_BYTES)
+        fixed = _ROW_BYTES + _HEAD_BYTES * kv_heads
+        if self.keeps_reconstructed:
+            fixed += kv_heads * (2 * head_dim + 1) * 4
+        return SlotCost(per_slot=per_slot, fixed=fixed)
+
+    # -- prompt -------------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def observe_chunk(self, attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
+        """Updates `held.state` by what a chunk's queries paid attention to (columns as in `held`; a live
+        reconstructed slot is the attention's column 0 and not among them: see `token_columns`)."""
+
+    @abc.abstractmethod
+    def choose(self, held: Held, capacity: int) -> Tensor | None:
+        """The candidates to keep after a chunk, int64 `[G, kept]` in ascending order; None keeps all."""
+
+    # -- decode -------------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def place(self, store: SlotStore) -> Tensor:
+        """The slot each head gives to the arriving token, int64 `[B, G]`."""
+
+    @abc.abstractmethod
+    def observe(self, store: SlotStore, probabilities: Tensor) -> None:
+        """Updates the state after a decode step.
+
+        Args:
+            probabilities: fp32 `[B, G, S (+ 1)]`, mean over the query heads of each KV head; 0 for dead slots.
+        """
+
+
+#: Position (int32) and validity (bool) of a slot, per KV head.
+_SLOT_BYTES = 4 + 1
+#: capacity, pointer, seen (int64), longest (fp32), active (bool), and the store's row index (int64).
+_ROW_BYTES = 8 + 8 + 8 + 4 + 1 + 8
+#: The store's head index (int64).
+_HEAD_BYTES = 8
+
+
+def token_columns(values: Tensor, held: Held) -> Tensor:
+    """Drops the reconstructed slot's column (the first, when it took part) from per-column values `[.., C]`."""
+    return values[..., values.shape[-1] - held.size :]
+
+
+def ascending(scores: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Indices that sort by (score, position): on a tie the older token comes first and so is evicted first.
+
+    Args:
+        scores: `[.., C]`. positions: same shape; None when the columns already are in order of position.
+    """
+    if positions is None:
+        return scores.argsort(dim=-1, stable=True)
+    by_position = positions.argsort(dim=-1)
+    return by_position.gather(-1, scores.gather(-1, by_position).argsort(dim=-1, stable=True))
+
+
+def least(scores: Tensor, positions: Tensor) -> Tensor:
+    """The first of `ascending`, without sorting: int64 `[..]` for scores and positions `[.., C]`."""
+    tied = scores == scores.amin(-1, keepdim=True)
+    return positions.masked_fill(~tied, torch.iinfo(positions.dtype).max).argmin(-1)
+
+
+def keep_recent_and_best(scores: Tensor, recent: int, best: int) -> Tensor:
+    """The last `recent` columns and the `best` highest scores among the rest, in ascending order: int64 `[G, .]`.
+
+    Columns are in order of position, `scores` is `[G, C]`.
+    """
+    groups, columns = scores.shape
+    older = columns - recent
+    top = ascending(scores[:, :older])[:, older - best :]
+    last = torch.arange(older, columns, device=scores.device).expand(groups, recent)
+    return torch.cat([top.sort(-1).values, last], -1)
+
+
+def policy_names() -> list[str]:
+    """The names that can be asked for; nothing is imported to find them."""
+    from auvsum.cache import policies
+
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(policies.__path__))
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """Builds a policy by name; only its own module is imported.
+
+    Raises:
+        PolicyError: an unknown name or option, with the nearest one as the hint.
+    """
+    names = policy_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise PolicyError(
+            f"policy {name!r} is unknown",
+            f"did you mean {near[0]!r}?" if near else f"policies are {', '.join(names)}",
+        )
+    module = importlib.import_module(f"auvsum.cache.policies.{name.replace('-', '_')}")
+    policy_class: type[Policy] = module.POLICY
+    known = [field.name for field in dataclasses.fields(policy_class)]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(known) or 'none'}"
+            raise PolicyError(f"policy {name!r} has no option {option!r}", hint)
+    return policy_class(**options)

@@ -1,0 +1,259 @@
+"""SlotStore: the memory of one layer. A fixed block of slots per sequence that never grows and never moves.
+
+Every slot knows its position, its validity and (through the store's codec) how its key and value are encoded; every
+row of a batch has its own capacity, pointer and count of tokens seen; every layer has a store of its own, so the number
+of slots may differ from layer to layer. A policy decides which slot a token takes; only this file touches memory.
+
+Shapes: B rows (sequences), G KV heads, S slots (+ 1 for the reconstructed K(V), physically last, outside the pointer
+arithmetic), D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auvsum.cache.codec import Codec
+
+_NO_POSITION = -1
+
+
+@dataclass
+class Held:
+    """What one row held before a chunk, plus the chunk: the candidates among which a policy chooses. By position.
+
+    Attributes:
+        key, value: `[G, C, D]`. positions: int32 `[G, C]`.
+        state: the policy's per-token state by name, fp32 `[G, C]`; a policy updates it in place.
+        chunk: how many of the columns, the last ones, are new.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    state: dict[str, Tensor]
+    chunk: int
+
+    @property
+    def size(self) -> int:
+        """C, the number of candidates."""
+        return self.positions.shape[1]
+
+
+class SlotStore:
+    """One layer's slots for a batch of sequences.
+
+    Args:
+        batch: rows. kv_heads: G. slots: S, without the reconstructed slot. head_dim: D.
+        state: names of the policy's fp32 values per slot.
+        reconstruct: whether evicted tokens are folded into a reconstructed K(V) (eqs. 7, 8).
+        codec: how keys and values are kept; None keeps them in `dtype`.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        state: Sequence[str] = (),
+        reconstruct: bool = False,
+        codec: Codec | None = None,
+    ) -> None:
+        self.slots = slots
+        self.reconstruct = reconstruct
+        self.dtype = dtype
+        shape = (batch, kv_heads, slots + reconstruct)
+        self.codec = codec or Codec(dtype)
+        self.keys = self.codec.allocate(shape, head_dim, device)
+        self.values = self.codec.allocate(shape, head_dim, device)
+        self.positions = torch.full(shape, _NO_POSITION, dtype=torch.int32, device=device)
+        self.valid = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.state = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in state}
+        # Per row. `capacity` is the row's own number of slots (<= S), `pointer` where its next token goes, `seen` how
+        # many tokens it has read, `longest` the constant N_max of eq. 2.
+        self.capacity = torch.full((batch,), slots, dtype=torch.int64, device=device)
+        self.pointer = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.longest = torch.ones(batch, dtype=torch.float32, device=device)
+        self.active = torch.ones(batch, dtype=torch.bool, device=device)
+        if reconstruct:
+            # r̄ and SES of eqs. 7 and 8, exact; slot S holds the copy that attention reads.
+            self.folded_key = torch.zeros((batch, kv_heads, head_dim), dtype=torch.float32, device=device)
+            self.folded_value = torch.zeros_like(self.folded_key)
+            self.folded_mass = torch.zeros((batch, kv_heads), dtype=torch.float32, device=device)
+        self._rows = torch.arange(batch, device=device)[:, None]
+        self._heads = torch.arange(kv_heads, device=device)[None]
+
+    # -- whole rows ---------------------------------------------------------------------------------------------------
+
+    def clear(self, row: int, capacity: int | None = None) -> None:
+        """Empties a row for the next document; no memory is given back or taken.
+
+        Args:
+            capacity: the row's own number of slots; default all of them.
+        """
+        if capacity is not None and not 0 < capacity <= self.slots:
+            raise ValueError(f"a row of {capacity} slots does not fit a store of {self.slots}")
+        self.positions[row] = _NO_POSITION
+        self.valid[row] = False
+        for values in self.state.values():
+            values[row] = 0
+        self.capacity[row] = capacity or self.slots
+        self.pointer[row] = 0
+        self.seen[row] = 0
+        self.active[row] = True
+        if self.reconstruct:
+            self.folded_key[row] = 0
+            self.folded_value[row] = 0
+            self.folded_mass[row] = 0
+
+    def live(self, row: int) -> int:
+        """Live slots of a row, without the reconstructed one (the same for every head)."""
+        return int(self.valid[row, 0, : self.slots].sum())
+
+    def hold(self, row: int, key: Tensor, value: Tensor) -> Held:
+        """What the row holds, ordered by position, followed by a chunk's keys and values `[G, T, D]`."""
+        groups, chunk, _ = key.shape
+        live = self.live(row)
+        seen = int(self.seen[row])
+        fresh = torch.arange(seen, seen + chunk, dtype=torch.int32, device=key.device).expand(groups, chunk)
+        if live == 0:
+            state = {name: values.new_zeros((groups, chunk)) for name, values in self.state.items()}
+            return Held(key, value, fresh, state, chunk)
+        order = self._by_position(row, live)
+        pick = order[..., None].expand(-1, -1, key.shape[-1])
+        old_key = self.codec.decode(self.keys, row).gather(1, pick)
+        old_value = self.codec.decode(self.values, row).gather(1, pick)
+        state = {
+            name: torch.cat([values[row].gather(1, order), values.new_zeros((groups, chunk))], 1)
+            for name, values in self.state.items()
+        }
+        positions = torch.cat([self.positions[row].gather(1, order), fresh], 1)
+        return Held(torch.cat([old_key, key], 1), torch.cat([old_value, value], 1), positions, state, chunk)
+
+    def fill(self, row: int, held: Held, keep: Tensor | None) -> None:
+        """Replaces a row's content by the kept candidates, from slot 0 on, and points behind them.
+
+        Args:
+            keep: int64 `[G, kept]`, columns of `held`; None keeps all.
+        """
+        kept = held.size if keep is None else keep.shape[1]
+        if kept > int(self.capacity[row]):
+            raise ValueError(f"{kept} tokens do not fit {int(self.capacity[row])} slots")
+        key, value = held.key, held.value
+        if keep is not None:
+            pick = keep[..., None].expand(-1, -1, key.shape[-1])
+            key, value = key.gather(1, pick), value.gather(1, pick)
+        self.codec.encode(self.keys, (row, slice(None), slice(0, kept)), key)
+        self.codec.encode(self.values, (row, slice(None), slice(0, kept)), value)
+        self.positions[row, :, kept : self.slots] = _NO_POSITION
+        self.positions[row, :, :kept] = held.positions if keep is None else held.positions.gather(1, keep)
+        self.valid[row, :, : self.slots] = self.positions[row, :, : self.slots] >= 0
+        for name, values in self.state.items():
+            values[row, :, :kept] = held.state[name] if keep is None else held.state[name].gather(1, keep)
+        self.pointer[row] = kept
+        self.seen[row] += held.chunk
+
+    # -- one token a row ----------------------------------------------------------------------------------------------
+
+    def append(self, at: Tensor, key: Tensor, value: Tensor) -> None:
+        """Writes each row's new token `[B, G, D]` into slot `at` `[B, G]`, with fresh state."""
+        where = (self._rows, self._heads, at)
+        self.codec.encode(self.keys, where, key)
+        self.codec.encode(self.values, where, value)
+        self.positions[where] = self.seen[:, None].to(torch.int32).expand_as(at)
+        self.valid[where] = True
+        for values in self.state.values():
+            values[where] = 0
+        self.seen += self.active
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention needs them, `[B, G, S (+ 1), D]`; dead slots hold anything."""
+        return self.codec.decode(self.keys), self.codec.decode(self.values)
+
+    def move(self, row: int, source: Tensor, target: Tensor) -> None:
+        """Scatter filling (§3.4): tokens of slots `source` go, with all their state, to slots `target`, both `[G, m]`.
+
+        The emptied slots become dead; the tensors stay where they are.
+        """
+        heads = self._heads[0][:, None]
+        to, origin = (row, heads, target), (row, heads, source)
+        self.codec.encode(self.keys, to, self.codec.decode(self.keys, row)[heads, source])
+        self.codec.encode(self.values, to, self.codec.decode(self.values, row)[heads, source])
+        self.positions[to] = self.positions[origin]
+        self.positions[origin] = _NO_POSITION
+        self.valid[origin] = False
+        for values in self.state.values():
+            values[to] = values[origin]
+            values[origin] = 0
+
+    # -- reconstructed K(V) -------------------------------------------------------------------------------------------
+
+    def fold(self, row: int, key: Tensor, value: Tensor, scores: Tensor) -> None:
+        """Folds evicted tokens into the reconstructed K(V), eqs. 7 and 8, in fp32.
+
+        Args:
+            key, value: `[G, m, D]`. scores: their AES `[G, m]`; a zero takes no part.
+        """
+        added = scores.sum(-1)
+        mass = self.folded_mass[row] + added
+        # While the sum is 0 the slot stays zero and masked: no 0/0.
+        divisor = torch.where(mass > 0, mass, torch.ones_like(mass))[:, None]
+        for folded, tokens in ((self.folded_key, key), (self.folded_value, value)):
+            total = folded[row] * self.folded_mass[row][:, None] + (scores[:, None] @ tokens.float())[:, 0]
+            folded[row] = total / divisor
+        self.folded_mass[row] = mass
+        last = (row, slice(None), self.slots)
+        self.codec.encode(self.keys, last, self.folded_key[row])
+        self.codec.encode(self.values, last, self.folded_value[row])
+        self.valid[last] = mass > 0
+
+    def reconstructed(self, row: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The row's reconstructed key and value as attention reads them, `[G, 1, D]`, and its validity `[G, 1]`."""
+        if not self.reconstruct or not bool(self.valid[row, :, self.slots].any()):
+            return None
+        last = (row, slice(None), slice(self.slots, self.slots + 1))
+        return self.codec.decode(self.keys, last), self.codec.decode(self.values, last), self.valid[last]
+
+    # -- looking in from outside --------------------------------------------------------------------------------------
+
+    def bytes(self) -> int:
+        """Bytes of every tensor that this store allocated."""
+        tensors: list[Tensor] = [*self.keys, *self.values]
+        for value in vars(self).values():
+            tensors += [value] if isinstance(value, Tensor) else list(value.values()) if isinstance(value, dict) else []
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def snapshot(self, row: int, head: int) -> dict[str, Any]:
+        """What one head of one row holds, by position; for tests and `auvsum inspect`."""
+        live = self.live(row)
+        order = self._by_position(row, live)[head]
+        folded = None
+        if self.reconstruct and bool(self.valid[row, head, self.slots]):
+            folded = {
+                "key": self.folded_key[row, head],
+                "value": self.folded_value[row, head],
+                "mass": float(self.folded_mass[row, head]),
+            }
+        return {
+            "positions": self.positions[row, head, order].tolist(),
+            "pointer": int(self.pointer[row]),
+            "state": {name: values[row, head, order].tolist() for name, values in self.state.items()},
+            "keys": self.codec.decode(self.keys, row)[head, order],
+            "values": self.codec.decode(self.values, row)[head, order],
+            "reconstructed": folded,
+        }
+
+    def _by_position(self, row: int, live: int) -> Tensor:
+        """The row's live slots ordered by position: int64 `[G, live]`."""
+        positions = self.positions[row, :, : self.slots]
+        last = torch.iinfo(torch.int32).max
+        return positions.masked_fill(~self.valid[row, :, : self.slots], last).argsort(-1)[:, :live]

@@ -1,0 +1,155 @@
+"""Attention of a chunk and the column sums of its probabilities, in O(T) memory: the n x n matrix never exists.
+
+A fused attention op returns the output and each row's log-sum-exp. A second call of the same op with Q and K exchanged
+then yields what eviction policies need, because for a key j
+
+    Σ_i w_i · a[i, j] = Σ_i exp(q_i·k_j·s - lse_i + log w_i) = exp(logsumexp_i(q_i·k_j·s + bias_i))
+
+is again a log-sum-exp, over queries instead of keys. Flipping both sequences makes the exchanged mask causal again, and
+`bias_i` rides in extra columns of the head dimension (split in three parts, so that half precision loses nothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Extra head-dimension columns: three carry the bias, the rest keep the size a multiple of eight.
+_BIAS_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class ChunkAttention:
+    """What a chunk's queries saw, for policies to aggregate. One sequence.
+
+    Columns are the `past` keys held before the chunk, then the chunk's own `T` keys.
+
+    Attributes:
+        query: `[1, H, T, D]`. key: `[1, G, past + T, D]`.
+        past_valid: `[G, past]` bool, or None when every past key is live for every head.
+        lse: `[1, H, T]` fp32, log-sum-exp of each query's scaled logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    past: int
+    past_valid: Tensor | None
+    lse: Tensor
+
+    @property
+    def keys_seen(self) -> Tensor:
+        """`N_i`, how many keys each query's softmax ran over: fp32 `[G, T]`."""
+        chunk, groups = self.query.shape[2], self.key.shape[1]
+        own = torch.arange(1, chunk + 1, device=self.query.device, dtype=torch.float32)
+        if self.past_valid is None:
+            return (own + self.past).expand(groups, chunk)
+        return own + self.past_valid.sum(-1, dtype=torch.float32)[:, None]
+
+    @property
+    def queries_seen(self) -> Tensor:
+        """How many of the chunk's queries saw each column: fp32 `[past + T]`."""
+        chunk = self.query.shape[2]
+        own = torch.arange(chunk, 0, -1, device=self.query.device, dtype=torch.float32)
+        return torch.cat([own.new_full((self.past,), chunk), own])
+
+    def column_sums(self, weights: Tensor | None = None) -> Tensor:
+        """`Σ_i w_i · a[i, j]`, averaged over the query heads of each KV head.
+
+        Args:
+            weights: positive `w_i`, fp32 `[G, T]`; None for ones.
+
+        Returns:
+            fp32 `[G, past + T]`; 0 for dead columns.
+        """
+        _, heads, chunk, _ = self.query.shape
+        groups = self.key.shape[1]
+        bias = -self.lse[0]
+        if weights is not None:
+            bias = bias + weights.log().repeat_interleave(heads // groups, 0)
+        queries = _with_bias(self.query[0], bias / self.scaling)
+        keys = _with_ones(self.key[0]).repeat_interleave(heads // groups, 0)[None]
+        sums = []
+        if self.past:
+            _, lse = fused_attention(keys[:, :, : self.past], queries, queries, self.scaling, causal=False)
+            sums.append(lse[0].exp())
+        # Flipped: the last key comes first and may see only the last query, and so on.
+        own, flipped = keys[:, :, self.past :].flip(2), queries.flip(2)
+        _, lse = fused_attention(own, flipped, flipped, self.scaling, causal=True)
+        sums.append(lse[0].flip(-1).exp())
+        total = torch.cat(sums, -1).view(groups, heads // groups, self.past + chunk).mean(1)
+        if self.past_valid is not None:
+            total[:, : self.past].masked_fill_(~self.past_valid, 0.0)
+        return total
+
+
+def attend_chunk(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, past: int, past_valid: Tensor | None = None
+) -> tuple[Tensor, ChunkAttention]:
+    """Attention of a chunk over `past` held keys and, causally, itself.
+
+    Args:
+        query: `[1, H, T, D]`. key, value: `[1, G, past + T, D]`.
+        past_valid: `[G, past]` bool; None when all are live.
+
+    Returns:
+        the output `[1, H, T, D]` and what the policies need to know about the probabilities.
+    """
+    out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
+    if past:
+        mask = None
+        if past_valid is not None:
+            repeats = query.shape[1] // key.shape[1]
+            mask = torch.zeros(past_valid.shape, dtype=query.dtype, device=query.device)
+            mask = mask.masked_fill_(~past_valid, -torch.inf).repeat_interleave(repeats, 0)[None, :, None]
+            mask = mask.expand(-1, -1, query.shape[2], -1)
+        old, old_lse = fused_attention(query, key[:, :, :past], value[:, :, :past], scaling, causal=False, mask=mask)
+        total = torch.logaddexp(lse, old_lse)
+        share = (old_lse - total).exp()[..., None]
+        out = (old * share + out * (lse - total).exp()[..., None]).to(query.dtype)
+        lse = total
+    return out, ChunkAttention(query, key, scaling, past, past_valid, lse)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The library's fused attention with its log-sum-exp: output `[B, H, T, D]`, lse fp32 `[B, H, T]`.
+
+    `causal` wants as many queries as keys. Grouped-query: key and value may have fewer heads than query.
+    """
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=mask, scale=scaling
+        )
+        return out, lse
+    if key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if query.dtype in (torch.float16, torch.bfloat16) and mask is None and query.shape[-1] <= 256:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)
+        return out, lse
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, True, 0.0, causal, scale=scaling
+    )
+    return out, lse[..., : query.shape[2]]
+
+
+def _with_bias(query: Tensor, bias: Tensor) -> Tensor:
+    """`[H, T, D]` and fp32 `[H, T]` -> `[1, H, T, D + 8]`; the bias in up to three parts of the query's precision."""
+    extra = query.new_zeros((*query.shape[:2], _BIAS_COLUMNS))
+    rest = bias
+    for column in range(3):
+        part = rest.to(query.dtype)
+        extra[..., column] = part
+        rest = rest - part.to(rest.dtype)
+    return torch.cat([query, extra], -1)[None]
+
+
+def _with_ones(key: Tensor) -> Tensor:
+    """`[G, C, D]` -> `[G, C, D + 8]`, ones where the bias is."""
+    extra = key.new_zeros((*key.shape[:2], _BIAS_COLUMNS))
+    extra[..., :3] = 1
+    return torch.cat([key, extra], -1)
