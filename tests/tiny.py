@@ -45,11 +45,14 @@ def _sharpen(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def tiny_opt(seed: int = 0, layers: int = 2) -> PreTrainedModel:
-    """OPT: learned positions, biases, one KV head per query head (4 heads of 8), logits tied to the embeddings."""
+    """OPT: learned positions, biases, one KV head per query head (4 heads of 8).
+
+    Its output matrix is not tied to the embeddings: random and tied, a model mostly repeats its last token.
+    """
     config = OPTConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, num_hidden_layers=layers,
         num_attention_heads=4, ffn_dim=64, max_position_embeddings=512, dropout=0.0, attention_dropout=0.0,
-        pad_token_id=0, bos_token_id=0, eos_token_id=1,
+        pad_token_id=0, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
     return _sharpen(OPTForCausalLM(config).to(torch.float32), seed)
 
@@ -97,6 +100,32 @@ def tie_opt() -> PreTrainedModel:
         attention.q_proj.bias.fill_(attention.head_dim**-0.5)  # q·k/sqrt(D) = (sum of k)/D
         attention.k_proj.bias.zero_()
         attention.k_proj.weight.copy_((direction / HIDDEN * gap / 2).expand(HIDDEN, HIDDEN))  # k = ±gap/2 everywhere
+    return model
+
+
+def uneven_opt() -> PreTrainedModel:
+    """One layer whose head 0 gives HEAVY, the first token, exactly everything; its other heads are sharp as usual.
+
+    So head 0 evicts nothing but scores of 0 and its reconstructed slot never lives, beside heads where it does: the
+    number of keys a softmax runs over differs from head to head. Half of the hidden state says HEAVY or not, the other
+    half is random.
+    """
+    model = tiny_opt(seed=5, layers=1)
+    half = HIDDEN // 2
+    direction = torch.tensor([1.0, -1.0]).repeat(half // 2)  # [half]
+    decoder = model.model.decoder
+    attention = decoder.layers[0].self_attn
+    size, gap = attention.head_dim, 400.0
+    with torch.no_grad():
+        decoder.embed_positions.weight[:, :half] = 0
+        decoder.embed_tokens.weight[:, :half] = -direction
+        decoder.embed_tokens.weight[HEAVY, :half] = direction
+        decoder.embed_tokens.weight[:, half:] *= 0.7
+        attention.q_proj.weight[:size] = 0
+        attention.q_proj.bias[:size] = size**-0.5
+        attention.k_proj.bias[:size] = 0
+        attention.k_proj.weight[:size, :half] = direction / half * gap / 2
+        attention.k_proj.weight[:size, half:] = 0
     return model
 
 

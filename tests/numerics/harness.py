@@ -92,13 +92,15 @@ def run_package(
     begin: int | None = None,
     row: int = 0,
     mask: torch.Tensor | None = None,
+    cache: Any = None,
     **options: Any,
 ) -> tuple[list[Call], Any]:
+    """What `row` of the batch holds after each call; `begin` is its N_max, by default what the package makes of it."""
     from auvsum.cache.cache import BudgetedCache
 
-    cache = BudgetedCache(model.config, **options)
+    cache = BudgetedCache(model.config, **options) if cache is None else cache
     if begin is not None:
-        cache.begin(prompt_tokens=begin)
+        cache.begin(prompt_tokens=begin, row=row)
     kv_heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
 
     def snapshot() -> dict[tuple[int, int], dict[str, Any]]:
@@ -168,7 +170,7 @@ def compare_reconstructed(got: dict[str, Any] | None, want: dict[str, Any] | Non
 
 
 def close(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: dict[str, float]) -> None:
-    got, want = got.double(), want.double()
+    want = want.to(got.dtype)
     if got.shape != want.shape:
         raise Mismatch(f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     if not torch.allclose(got, want, **tolerance):

@@ -12,27 +12,26 @@ from tests import tiny
 from tests.numerics import harness
 from tests.numerics.naive import NaiveAuv
 
-STEPS = 200
-
-# prompt length, chunks (None: one call), options of the policy
-CASES: dict[str, tuple[int, list[int] | None, dict[str, Any]]] = {
-    "one-shot": (96, None, {"slots": 25}),
-    "chunked": (96, [30, 2, 40, 24], {"slots": 25}),
-    "short prompt": (10, None, {"slots": 25}),
-    "no reconstructed slot": (60, None, {"slots": 24, "reconstruct": False}),
-    "top_k and decay": (60, [25, 35], {"slots": 33, "top_k": 3, "decay": 0.9}),
-    "least memory": (40, [3, 17, 20], {"slots": 4}),
+# prompt length, decode steps, chunks (None: one call), options of the policy
+CASES: dict[str, tuple[int, int, list[int] | None, dict[str, Any]]] = {
+    "one-shot": (96, 200, None, {"slots": 25}),
+    "chunked": (96, 200, [30, 2, 40, 24], {"slots": 25}),
+    "short prompt": (10, 100, None, {"slots": 25}),
+    "no reconstructed slot": (60, 80, None, {"slots": 24, "reconstruct": False}),
+    "top_k and decay": (60, 100, [25, 35], {"slots": 33, "top_k": 3, "decay": 0.9}),
+    "slots that three does not divide": (50, 80, [4, 46], {"slots": 21, "decay": 1.0}),
+    "least memory": (40, 40, [3, 17, 20], {"slots": 4}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_matches_the_oracle(model: PreTrainedModel, case: str) -> None:
-    prompt, chunks, options = CASES[case]
-    calls = harness.split(tiny.tokens(prompt + STEPS, seed=11), prompt, chunks)
+    prompt, steps, chunks, options = CASES[case]
+    calls = harness.split(tiny.tokens(prompt + steps, seed=11), prompt, chunks)
     expected, naive = harness.run_naive(model, calls, lambda: NaiveAuv(n_max=prompt, **options))
     assert naive.smallest_margin() > harness.CLEAR, "a decision of this stream is too close to judge: take another seed"
     actual, _ = harness.run_package(model, calls, begin=prompt, policy="auv", **options)
-    assert harness.evictions(expected) >= 10
+    assert harness.evictions(expected) >= 9
     harness.compare(actual, expected)
 
 
@@ -67,9 +66,45 @@ def test_left_padding_takes_no_part(opt: PreTrainedModel, pads: int) -> None:
 
     expected, naive = harness.run_naive(opt, harness.split(alone, 50 - pads), lambda: NaiveAuv(slots=25))
     assert naive.smallest_margin() > harness.CLEAR
-    actual, _ = harness.run_package(opt, harness.split(streams, 50), row=1, mask=mask, policy="auv", slots=25)
+    calls = harness.split(streams, 50)
+    actual, _ = harness.run_package(opt, calls, row=1, mask=mask, begin=50 - pads, policy="auv", slots=25)
     actual[0].logits = actual[0].logits[pads:]  # what a query at a pad says means nothing
     harness.compare(actual, expected)
+
+
+@pytest.mark.xfail(
+    raises=harness.Mismatch,
+    strict=True,
+    reason="without begin() the default N_max of a padded row counts its padding; it cancels in every decision",
+)
+def test_n_max_defaults_to_the_valid_tokens(opt: PreTrainedModel) -> None:
+    """N_max is "one constant per sequence (the prompt's length)", and the length is counted "in valid tokens"."""
+    alone, pads = tiny.tokens(40, seed=15), 10
+    padded = torch.cat([torch.zeros(1, pads, dtype=torch.long), alone], dim=1)
+    mask = torch.ones_like(padded)
+    mask[0, :pads] = 0
+    expected, _ = harness.run_naive(opt, [alone], lambda: NaiveAuv(slots=25))
+    actual, _ = harness.run_package(opt, [padded], mask=mask, policy="auv", slots=25)
+    harness.compare(actual, expected, logits=False)
+
+
+@pytest.mark.parametrize("chunks", [None, [530, 70]], ids=["one-shot", "chunked"])
+def test_a_long_prompt(llama: PreTrainedModel, chunks: list[int] | None) -> None:
+    """Longer than the blocks in which fused attention kernels work."""
+    calls = harness.split(tiny.tokens(605, seed=22), 600, chunks)
+    expected, naive = harness.run_naive(llama, calls, lambda: NaiveAuv(slots=151, n_max=600))
+    assert naive.smallest_margin() > harness.CLEAR
+    actual, _ = harness.run_package(llama, calls, begin=600, policy="auv", slots=151)
+    harness.compare(actual, expected)
+
+
+def test_a_cache_that_was_reset_is_a_new_one(llama: PreTrainedModel) -> None:
+    first, second = (harness.split(tiny.tokens(70, seed=seed), 40) for seed in (23, 24))
+    fresh, _ = harness.run_package(llama, second, policy="auv", slots=25)
+    _, cache = harness.run_package(llama, first, policy="auv", slots=25)
+    cache.reset()
+    again, _ = harness.run_package(llama, second, cache=cache)
+    harness.compare(again, fresh)
 
 
 # Ties that are exact in any order of summation: see tiny.tie_opt.
@@ -87,6 +122,21 @@ def test_on_a_tie_the_older_token_goes(prompt: str) -> None:
     expected, naive = harness.run_naive(model, calls, lambda: NaiveAuv(slots=13))
     assert naive.smallest_margin() == 0.0  # there are ties
     actual, _ = harness.run_package(model, calls, policy="auv", slots=13)
+    harness.compare(actual, expected)
+
+
+@pytest.mark.parametrize("chunks", [None, [7, 12, 11]], ids=["one-shot", "chunked"])
+def test_a_head_whose_reconstructed_slot_never_lives(chunks: list[int] | None) -> None:
+    """Beside heads where it does: N_t, the mask and the fold are each head's own (see tiny.uneven_opt)."""
+    model = tiny.uneven_opt()
+    stream = tiny.tokens(90, seed=25)
+    stream[stream == tiny.HEAVY] = tiny.LIGHT
+    stream[0, 0] = tiny.HEAVY
+    calls = harness.split(stream, 30, chunks)
+    expected, _ = harness.run_naive(model, calls, lambda: NaiveAuv(slots=13, n_max=30))
+    lives = {head: view["reconstructed"] is not None for (_, head), view in expected[-1].heads.items()}
+    assert lives == {0: False, 1: True, 2: True, 3: True}
+    actual, _ = harness.run_package(model, calls, begin=30, policy="auv", slots=13)
     harness.compare(actual, expected)
 
 

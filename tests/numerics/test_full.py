@@ -40,6 +40,13 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, chunks: list[int], **optio
             logits = model(torch.tensor([[out[-1]]]), past_key_values=cache, use_cache=True).logits
 
 
+def generated(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> list[list[int]]:
+    """What transformers' own greedy loop adds to each row."""
+    given = {} if cache is None else {"past_key_values": cache}
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **given)
+    return out[:, ids.shape[1] :].tolist()
+
+
 @pytest.fixture(scope="module")
 def prompt() -> torch.Tensor:
     return tiny.tokens(PROMPT, seed=51)
@@ -48,13 +55,42 @@ def prompt() -> torch.Tensor:
 @pytest.mark.parametrize("chunks", [[PROMPT], [15, 2, 23]], ids=["one-shot", "chunked"])
 @pytest.mark.parametrize("name", UNBOUND)
 def test_unbound_equals_generate(model: PreTrainedModel, prompt: torch.Tensor, name: str, chunks: list[int]) -> None:
-    mask = torch.ones_like(prompt)
-    reference = model.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[0, PROMPT:].tolist()
+    reference = generated(model, prompt, torch.ones_like(prompt))[0]
     assert len(set(reference)) > 5, "a model that repeats one token would agree with anything"
     out, cache = greedy(model, prompt, chunks, **UNBOUND[name])
     assert out == reference
     for layer in cache.layers:
         assert sorted(layer.store.snapshot(0, 0)["positions"]) == list(range(PROMPT + NEW - 1))
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": "full"}, {"policy": "auv", "slots": 25}, {"policy": "h2o", "slots": 16}], ids=str
+)
+def test_generate_takes_the_cache(model: PreTrainedModel, prompt: torch.Tensor, options: dict[str, Any]) -> None:
+    """As `past_key_values` of transformers' own loop it gives what feeding the model token by token gives."""
+    from auvsum.cache.cache import BudgetedCache
+
+    with harness.attention(model, "auvsum"):
+        out = generated(model, prompt, torch.ones_like(prompt), BudgetedCache(model.config, **options))
+    assert out[0] == greedy(model, prompt, [PROMPT], **options)[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": "full"}, {"policy": "auv", "slots": 25}, {"policy": "h2o", "slots": 16}], ids=str
+)
+def test_generate_with_left_padding(model: PreTrainedModel, prompt: torch.Tensor, options: dict[str, Any]) -> None:
+    """Two rows, one padded: each says what it says alone, with Llama's position ids as transformers gives them."""
+    from auvsum.cache.cache import BudgetedCache
+
+    short, pads = tiny.tokens(PROMPT - 17, seed=54), 17
+    padded = torch.cat([torch.zeros(1, pads, dtype=torch.long), short], dim=1)
+    both = torch.cat([prompt, padded])
+    mask = torch.ones_like(both)
+    mask[1, :pads] = 0
+    with harness.attention(model, "auvsum"):
+        out = generated(model, both, mask, BudgetedCache(model.config, **options))
+    assert out[0] == greedy(model, prompt, [PROMPT], **options)[0]
+    assert out[1] == greedy(model, short, [PROMPT - pads], **options)[0]
 
 
 def test_one_slot_group_less_does_bind(opt: PreTrainedModel, prompt: torch.Tensor) -> None:

@@ -10,27 +10,25 @@ from tests import tiny
 from tests.numerics import harness
 from tests.numerics.naive import NaiveH2o
 
-STEPS = 200
-
-# prompt length, chunks (None: one call), slots
-CASES: dict[str, tuple[int, list[int] | None, int]] = {
-    "one-shot": (80, None, 16),
-    "chunked": (80, [30, 2, 28, 20], 16),
-    "short prompt": (5, None, 16),
-    "odd slots": (40, [15, 25], 15),
-    "prompt of exactly the slots": (16, None, 16),
-    "two slots": (20, None, 2),
+# prompt length, decode steps, chunks (None: one call), slots
+CASES: dict[str, tuple[int, int, list[int] | None, int]] = {
+    "one-shot": (80, 200, None, 16),
+    "chunked": (80, 200, [30, 2, 28, 20], 16),
+    "short prompt": (5, 80, None, 16),
+    "odd slots": (40, 80, [15, 25], 15),
+    "prompt of exactly the slots": (16, 80, None, 16),
+    "two slots": (20, 80, None, 2),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_matches_the_oracle(model: PreTrainedModel, case: str) -> None:
-    prompt, chunks, slots = CASES[case]
-    calls = harness.split(tiny.tokens(prompt + STEPS, seed=31), prompt, chunks)
+    prompt, steps, chunks, slots = CASES[case]
+    calls = harness.split(tiny.tokens(prompt + steps, seed=31), prompt, chunks)
     expected, naive = harness.run_naive(model, calls, lambda: NaiveH2o(slots))
     assert naive.smallest_margin() > harness.CLEAR, "a decision of this stream is too close to judge: take another seed"
     actual, _ = harness.run_package(model, calls, begin=prompt, policy="h2o", slots=slots)
-    assert harness.evictions(expected) >= 100
+    assert harness.evictions(expected) >= 50
     harness.compare(actual, expected)
 
 

@@ -144,7 +144,6 @@ def test_the_cache_keeps_its_word(run: dict[str, Any]) -> None:
 def test_too_small_a_budget_names_the_least_that_works(options: dict[str, Any], least: str) -> None:
     """`L < 1` is an error, at the latest when the first tokens come."""
     from auvsum.cache.cache import BudgetedCache
-
     from auvsum.errors import AuvsumError
 
     model = MODELS["opt"]

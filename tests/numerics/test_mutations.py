@@ -147,7 +147,7 @@ H2O_MUTATIONS = [ProtectsOneMore, NewTokenStartsAtZero, EvictsAfterAttention, Sc
 
 @pytest.fixture(scope="module")
 def calls() -> list[torch.Tensor]:
-    return harness.split(tiny.tokens(100, seed=41), 50)
+    return harness.split(tiny.tokens(110, seed=41), 50)
 
 
 @pytest.fixture(scope="module")
