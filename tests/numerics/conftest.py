@@ -23,4 +23,5 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture(params=["opt", "llama"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """The model of the name in `request.param`; tests may choose it by indirect parametrization."""
     return request.getfixturevalue(request.param)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,12 @@ def split(stream: torch.Tensor, prompt: int, chunks: list[int] | None = None) ->
     sizes = chunks if chunks is not None else [prompt]
     assert sum(sizes) == prompt
     return list(torch.split(stream, [*sizes, *[1] * (stream.shape[1] - prompt)], dim=1))
+
+
+def model_cases(cases: Iterable[str], both: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(model, case): the cases of `both` with either model, the rest with one of them in turn, to save time."""
+    rest = [case for case in cases if case not in both]
+    return [*itertools.product(("opt", "llama"), both), *zip(itertools.cycle(("llama", "opt")), rest, strict=False)]
 
 
 @contextlib.contextmanager

@@ -103,11 +103,12 @@ class NaiveHead:
         if (extra := self.extra()) is not None:
             keys.append(extra[0])
             values.append(extra[1])
+        all_keys, all_values = torch.stack(keys), torch.stack(values)  # [keys, D]
         probabilities, out = [], []
         for one_head in query:
-            weights = torch.softmax(torch.stack(keys) @ one_head * scaling, dim=0)  # [keys]
+            weights = torch.softmax(all_keys @ one_head * scaling, dim=0)  # [keys]
             probabilities.append(weights)
-            out.append(weights @ torch.stack(values))
+            out.append(weights @ all_values)
         mean = torch.stack(probabilities).mean(dim=0).tolist()
         self.largest_probability.append(max(mean))
         return mean, torch.stack(out)

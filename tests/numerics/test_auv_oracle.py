@@ -12,7 +12,8 @@ from tests import tiny
 from tests.numerics import harness
 from tests.numerics.naive import NaiveAuv
 
-# prompt length, decode steps, chunks (None: one call), options of the policy
+# prompt length, decode steps, chunks (None: one call), options of the policy. Both models run the first two.
+BOTH = ("one-shot", "chunked")
 CASES: dict[str, tuple[int, int, list[int] | None, dict[str, Any]]] = {
     "one-shot": (96, 200, None, {"slots": 25}),
     "chunked": (96, 200, [30, 2, 40, 24], {"slots": 25}),
@@ -24,7 +25,7 @@ CASES: dict[str, tuple[int, int, list[int] | None, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("model", "case"), harness.model_cases(CASES, BOTH), indirect=["model"])
 def test_every_step_matches_the_oracle(model: PreTrainedModel, case: str) -> None:
     prompt, steps, chunks, options = CASES[case]
     calls = harness.split(tiny.tokens(prompt + steps, seed=11), prompt, chunks)
@@ -149,9 +150,9 @@ def test_figure_2() -> None:
         assert [float(x) for x in view["state"]["usage"]] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("chunks", [None, [30, 20]], ids=["one-shot", "chunked"])
+@pytest.mark.parametrize(("model", "chunks"), [("opt", None), ("llama", [30, 20])], indirect=["model"])
 def test_n_max_cancels(model: PreTrainedModel, chunks: list[int] | None) -> None:
-    calls = harness.split(tiny.tokens(110, seed=18), 50, chunks)
+    calls = harness.split(tiny.tokens(95, seed=18), 50, chunks)
     plain, _ = harness.run_package(model, calls, begin=50, policy="auv", slots=25)
     other, _ = harness.run_package(model, calls, begin=350, policy="auv", slots=25)
     assert harness.evictions(plain) >= 5

@@ -10,7 +10,8 @@ from tests import tiny
 from tests.numerics import harness
 from tests.numerics.naive import NaiveH2o
 
-# prompt length, decode steps, chunks (None: one call), slots
+# prompt length, decode steps, chunks (None: one call), slots. Both models run the first two.
+BOTH = ("one-shot", "chunked")
 CASES: dict[str, tuple[int, int, list[int] | None, int]] = {
     "one-shot": (80, 200, None, 16),
     "chunked": (80, 200, [30, 2, 28, 20], 16),
@@ -21,7 +22,7 @@ CASES: dict[str, tuple[int, int, list[int] | None, int]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("model", "case"), harness.model_cases(CASES, BOTH), indirect=["model"])
 def test_every_step_matches_the_oracle(model: PreTrainedModel, case: str) -> None:
     prompt, steps, chunks, slots = CASES[case]
     calls = harness.split(tiny.tokens(prompt + steps, seed=31), prompt, chunks)
