@@ -99,6 +99,16 @@ def test_a_long_prompt(llama: PreTrainedModel, chunks: list[int] | None) -> None
     harness.compare(actual, expected)
 
 
+def test_a_chunk_after_decoding(llama: PreTrainedModel) -> None:
+    """A second turn: the rule of a chunk applies to whatever the slots hold, usage counts included."""
+    sizes = [40, *[1] * 13, 30, *[1] * 20, 5, *[1] * 20]
+    calls = list(torch.split(tiny.tokens(sum(sizes), seed=27), sizes, dim=1))
+    expected, naive = harness.run_naive(llama, calls, lambda: NaiveAuv(slots=25))
+    assert naive.smallest_margin() > harness.CLEAR
+    actual, _ = harness.run_package(llama, calls, policy="auv", slots=25)
+    harness.compare(actual, expected)
+
+
 def test_a_cache_that_was_reset_is_a_new_one(llama: PreTrainedModel) -> None:
     first, second = (harness.split(tiny.tokens(70, seed=seed), 40) for seed in (23, 24))
     fresh, _ = harness.run_package(llama, second, policy="auv", slots=25)
@@ -106,6 +116,17 @@ def test_a_cache_that_was_reset_is_a_new_one(llama: PreTrainedModel) -> None:
     cache.reset()
     again, _ = harness.run_package(llama, second, cache=cache)
     harness.compare(again, fresh)
+
+
+def test_state_is_single_precision_in_a_bfloat16_model() -> None:
+    """bfloat16 counts to 256 and then stands still; the 302 queries that saw the first token must all be counted."""
+    model = tiny.tiny_llama(layers=1).to(torch.bfloat16)
+    actual, _ = harness.run_package(model, harness.split(tiny.tokens(302, seed=26), 300), policy="auv", slots=401)
+    for view in actual[-1].heads.values():
+        assert [int(cnt) for cnt in view["state"]["cnt"]] == list(range(302, 0, -1))
+        aas = torch.tensor(view["state"]["aas"])
+        assert (aas != aas.to(torch.bfloat16).float()).any()
+        assert view["keys"].dtype == torch.bfloat16
 
 
 # Ties that are exact in any order of summation: see tiny.tie_opt.
