@@ -179,7 +179,7 @@ class Summarizer:
             )
         policy, budget = self._budget(len(prompt.ids), max_new_tokens)
         if budget.never_binds and budget.asked != "auto" and policy.name != "full":
-            warnings.append(f"budget {budget.asked} never binds: nothing will be evicted from {len(prompt.ids):,} tokens")
+            warnings.append(f"budget {budget.asked} never binds: nothing of {len(prompt.ids):,} tokens will be evicted")
         elif budget.slots < SENSIBLE_SLOTS and not budget.never_binds:
             warnings.append(f"budget {budget.asked} gives only {budget.slots} slots per layer: expect a poor summary")
         strategy = "single" if settings.strategy == "auto" else settings.strategy

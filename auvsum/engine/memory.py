@@ -9,7 +9,7 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device: of the GPU, or of the machine (what the kernel calls available)."""
+    """Bytes that can still be allocated on a device: of the GPU, or what the kernel calls available."""
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
         return int(free)
