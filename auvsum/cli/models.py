@@ -20,7 +20,7 @@ app = typer.Typer(help="Models: list them, bring one here, find its folder.")
 
 Name = Annotated[
     str | None,
-    typer.Argument(metavar="[NAME]", help="Short name, folder, or hub id; the default model without it."),
+    typer.Argument(metavar="NAME", help="Short name, folder, or hub id; the default model without it."),
 ]
 
 

@@ -29,7 +29,7 @@ _SETTING_FLAGS = (
 
 def command(
     ctx: typer.Context,
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files; - is standard input.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files; - is standard input.")],
     sentences: options.Sentences = None,
     words: options.Words = None,
     instruction: options.Instruction = None,
