@@ -25,7 +25,8 @@ def prepare(download: bool = False) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if download and os.environ.get(_MINE) == "1":
-        del os.environ[_MINE], os.environ[_OFFLINE]
+        os.environ.pop(_OFFLINE, None)
+        del os.environ[_MINE]
     elif not download and _OFFLINE not in os.environ:
         os.environ[_OFFLINE] = os.environ[_MINE] = "1"
     # Already imported: the variables above came too late, so set what was read from them.

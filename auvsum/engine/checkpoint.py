@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from auvsum.engine.registry import MARKER, SUPPORTED
+from auvsum.engine.registry import MARKER, SUPPORTED, model_dir
 from auvsum.errors import ModelError, ModelIncomplete, ModelNotFound, ModelUnsupported
 
 #: A folder has a tokenizer when it has all files of one of these.
@@ -148,8 +148,8 @@ def _check_tokenizer(path: Path, name: str) -> None:
 
 
 def _hint(path: Path) -> str:
-    if (path / MARKER).exists() or path.parent.name == "models":
-        return f"remove {path} and type: auvsum models pull {path.name}"
+    if path == model_dir(path.name):
+        return f"type: auvsum models pull {path.name}"
     if path.parent.name == "snapshots":
         hub_id = path.parent.parent.name.removeprefix("models--").replace("--", "/")
         return f"type: auvsum models pull {hub_id} --download"

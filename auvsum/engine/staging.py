@@ -13,7 +13,7 @@ from typing import Any
 from auvsum._version import __version__
 from auvsum.budget import size
 from auvsum.engine.registry import MARKER
-from auvsum.errors import ModelError
+from auvsum.errors import AuvsumError, ModelError
 
 Progress = Callable[[str], None]
 
@@ -48,21 +48,24 @@ def locked(target: Path, progress: Progress = silent) -> Iterator[None]:
         except Timeout:
             progress(f"waiting for another auvsum that is preparing {target.name}")
             lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
     except OSError as error:
         raise ModelError(
             f"the model cache {target.parent} cannot be written: {error.strerror or error}",
-            "free some space there, or set AUVSUM_CACHE to another folder",
+            "set AUVSUM_CACHE to a folder that can",
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def publish(target: Path, marker: Mapping[str, Any], write: Callable[[Path], None], *, needs: int) -> None:
     """Makes `target` out of what `write` puts into an empty folder, given `needs` bytes of disk. Hold `locked(target)`.
 
     Left-overs of a process that died are removed: whoever holds the lock is the only one at work.
+
+    Raises:
+        ModelError: too little room, or whatever kept `write` from finishing; then `target` is as it was.
     """
     if (free := shutil.disk_usage(target.parent).free) < needs:
         raise ModelError(
@@ -86,6 +89,14 @@ def publish(target: Path, marker: Mapping[str, Any], write: Callable[[Path], Non
             shutil.rmtree(target)
         partial.rename(target)
         _sync_folder(target.parent)
+    except AuvsumError:
+        raise
+    except Exception as error:  # OSError, SafetensorError, BadZipFile, ...
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"{target.name} could not be prepared in {target.parent}: {reason}",
+            f"{size(needs)} of free space are needed there; AUVSUM_CACHE names another folder",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from auvsum.engine import checkpoint, registry
-from auvsum.engine.models import locate
+from auvsum.engine.locate import locate
 from auvsum.engine.registry import KnownModel
 from auvsum.errors import ModelError, ModelNotFound
 
