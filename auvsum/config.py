@@ -25,10 +25,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "budget_scope": ("bytes", "paper"),
     "kv_bits": (16, 8, 4),
     "strategy": ("auto", "single", "stream"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
 }
 _AT_LEAST = {"chunk": 1, "max_tokens": 1, "sentences": 1, "words": 1, "threads": 1, "seed": 0}
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -84,7 +84,7 @@ class Settings:
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be more than 0 and at most 1, not {self.top_p}", "1 samples from all tokens")
         if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"device {self.device!r} is unknown", "use auto, cpu, cuda, cuda:1 or mps")
+            raise ConfigError(f"device {self.device!r} is unknown", "use auto, cpu, cuda or cuda:1")
         parse_budget(self.budget, self.budget_scope)
 
 

@@ -94,7 +94,7 @@ def read_document(path: str | Path, *, encoding: str | None = None) -> Document:
     if encoding is not None:
         _check_encoding(encoding)
     data = sys.stdin.buffer.read() if name == "-" else _read_bytes(Path(name))
-    label = "standard input" if name == "-" else name
+    label = "stdin" if name == "-" else name
     _refuse_binary(label, data, encoding)
     text, used, warnings = _decode(label, data, encoding)
     if "\x00" in text:

@@ -98,7 +98,7 @@ CHAT = Template(
 )
 COMPLETION = Template(
     kind="completion",
-    body="Article: {document}\n\n{instruction}",
+    body="Article:\n{document}\n\n{instruction}",
     instruction="TL;DR:",
     sized_instruction="TL;DR in {length}:",
     max_new_tokens=96,

@@ -75,7 +75,7 @@ def test_chat_puts_the_document_first_and_the_instruction_last() -> None:
 def test_completion_starts_as_opt_does() -> None:
     tok = tokenizer(leading=True)
     prompt = build_prompt(tok, DOCUMENT)
-    assert pieces(tok, prompt) == ("</s>Article: ", DOCUMENT, "\n\nTL;DR:")
+    assert pieces(tok, prompt) == ("</s>Article:\n", DOCUMENT, "\n\nTL;DR:")
     assert prompt.template == "completion"
     assert prompt.ids.count(1) == 1
     assert prompt.ids[0] == 1
@@ -84,7 +84,7 @@ def test_completion_starts_as_opt_does() -> None:
 
 def test_no_leading_token_where_the_tokenizer_has_none() -> None:
     tok = tokenizer()
-    assert pieces(tok, build_prompt(tok, "x"))[0] == "Article: "
+    assert pieces(tok, build_prompt(tok, "x"))[0] == "Article:\n"
 
 
 @pytest.mark.parametrize("wrap", [lambda tok: tok, Deaf])
@@ -131,7 +131,7 @@ def test_chat_asked_of_a_base_model() -> None:
 
 def test_completion_can_be_asked_of_a_chat_model() -> None:
     tok = tokenizer(CHATML)
-    assert pieces(tok, build_prompt(tok, "x", template="completion"))[0] == "Article: "
+    assert pieces(tok, build_prompt(tok, "x", template="completion"))[0] == "Article:\n"
 
 
 @pytest.mark.parametrize(

@@ -176,4 +176,4 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (document.source, document.id, document.text) == ("-", "stdin", "from a pipe\n")
     assert document_id("-") == "stdin"
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
-    failing("-", DocumentEmpty, "standard input is empty")
+    failing("-", DocumentEmpty, "stdin is empty")

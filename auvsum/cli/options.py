@@ -1,0 +1,75 @@
+"""The flags, each written once. Every default is `None`: what was not given must not hide what a file says."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from auvsum.config import parse_option
+
+
+class Color(str, Enum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Format(str, Enum):
+    text = "text"
+    json = "json"
+
+
+def _option(help_: str, *names: str, metavar: str | None = None) -> object:
+    return typer.Option(*names, help=help_, metavar=metavar, show_default=False)
+
+
+Model = Annotated[str | None, _option("Short name, folder, or hub id in the local cache.", metavar="NAME")]
+Download = Annotated[bool | None, _option("Allow a missing model to be downloaded.", "--download/--no-download")]
+
+Policy = Annotated[str | None, _option("What leaves the cache: auv, h2o, full.", metavar="NAME")]
+PolicyOption = Annotated[
+    list[str] | None, _option("An option of the policy; repeatable.", "--policy-option", metavar="KEY=VALUE")
+]
+Budget = Annotated[
+    str | None,
+    _option("auto, 4% of the full cache's bytes, 512 slots a layer, or 64MiB.", metavar="AMOUNT"),
+]
+BudgetScope = Annotated[str | None, _option("bytes, or the accounting of the AUV paper.", metavar="bytes|paper")]
+KvBits = Annotated[int | None, _option("Bits of a stored key or value.", metavar="16|8|4")]
+Strategy = Annotated[
+    str | None,
+    _option("Read in one pass, or in chunks over the budgeted cache.", metavar="auto|single|stream"),
+]
+Chunk = Annotated[int | None, _option("Tokens a chunk of the stream strategy.", metavar="N")]
+
+MaxTokens = Annotated[int | None, _option("The most tokens to write.", metavar="N")]
+Sentences = Annotated[int | None, _option("Length to ask for, in sentences.", metavar="N")]
+Words = Annotated[int | None, _option("Length to ask for, in words.", metavar="N")]
+Template = Annotated[str | None, _option("auto, chat, completion, or a YAML file.", metavar="NAME|FILE")]
+Instruction = Annotated[str | None, _option("What to ask for instead of a summary.", metavar="TEXT")]
+Truncate = Annotated[bool | None, _option("Cut a document that is too long, and say so.", "--truncate/--no-truncate")]
+Encoding = Annotated[str | None, _option("Encoding of the files; otherwise detected.", metavar="NAME")]
+
+Device = Annotated[str | None, _option("auto, cpu, cuda or cuda:1.", metavar="NAME")]
+Dtype = Annotated[str | None, _option("auto, bf16, fp16 or fp32.", metavar="NAME")]
+Threads = Annotated[int | None, _option("CPU threads.", metavar="N")]
+Temperature = Annotated[float | None, _option("0 takes the likeliest token each time.", metavar="X")]
+TopP = Annotated[float | None, _option("Sample from the likeliest tokens up to this probability.", metavar="X")]
+Seed = Annotated[int | None, _option("Seed of the sampling.", metavar="N")]
+
+FormatOption = Annotated[Format, _option("The summary, or its whole record.", "--format")]
+DryRun = Annotated[bool, _option("Say what would be read and held, and write no summary.", "--dry-run")]
+Config = Annotated[Path | None, _option("Settings to use instead of ./auvsum.yaml.", "--config")]
+Origins = Annotated[bool, _option("Where each value came from.", "--origins")]
+ColorOption = Annotated[Color, _option("Colours on stderr.", "--color")]
+Quiet = Annotated[bool, _option("Only errors on stderr.", "--quiet", "-q")]
+Verbose = Annotated[bool, _option("More on stderr.", "--verbose", "-v")]
+Debug = Annotated[bool, _option("Tracebacks for errors.", "--debug")]
+
+
+def policy_options(given: list[str] | None) -> dict[str, object] | None:
+    """Repeated `--policy-option KEY=VALUE` as a mapping; `None` if there was none."""
+    return dict(parse_option(text) for text in given) if given else None
