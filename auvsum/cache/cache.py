@@ -245,6 +245,16 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.store.active[row] = active
 
+    @property
+    def slots(self) -> list[int]:
+        """Slots granted to each layer."""
+        return [layer.slots for layer in self.layers]
+
+    @property
+    def rows(self) -> int:
+        """Sequences held together."""
+        return int(self.layers[0].store.positions.shape[0])
+
     def bytes(self) -> int:
         """Bytes really allocated, over all layers and rows, policy state included."""
         return sum(layer.bytes for layer in self.layers)

