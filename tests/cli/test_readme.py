@@ -1,7 +1,7 @@
 """The README is run, word for word: every `console` and every `python` block, each in a fresh copy of what a user has.
 
 Nothing in the text is replaced. The models that the README names are there under their names, in a cache of the test's
-own: tiny, random, and able to read bytes. A block that must not be run here (installing, fetching) is a `bash` block.
+own: tiny, random, and able to read any text; a name that is not there fails. A block that must not be run here (installing, fetching) is a `bash` block.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from auvsum.engine.registry import DEFAULT_MODEL, MARKER
+from tests import checkpoints
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-#: Folder of a model in the test's cache -> its family. What is not among these cannot be loaded, and the test fails.
-MODELS = {
-    "auvsum/models/smollm2-135m-instruct": "llama",
-    "huggingface/hub/models--facebook--opt-125m/snapshots/0": "opt",
-}
+#: Enough for a sample of which every byte is a token.
 POSITIONS = 8192
 
 
@@ -36,46 +35,16 @@ def commands(block: str) -> str:
     return "\n".join(line[2:] for line in block.splitlines() if line.startswith(("$ ", "> ")))
 
 
-def write_model(folder: Path, family: str) -> None:
-    """A random checkpoint whose tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["</s>", "<pad>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    common = {"vocab_size": len(vocabulary), "max_position_embeddings": POSITIONS, "hidden_size": 32}
-    common |= {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-    }
-    if family == "opt":
-        config = OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=32)
-    else:
-        config = LlamaConfig(**common, num_key_value_heads=2, intermediate_size=64)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache directory as it is after the models were fetched."""
-    from auvsum.engine.registry import MARKER
-
     cache = tmp_path_factory.mktemp("cache")
-    for place, family in MODELS.items():
-        write_model(cache / place, family)
-        if family == "opt":
-            refs = (cache / place).parents[1] / "refs"
-            refs.mkdir()
-            (refs / "main").write_text("0")
-        else:
-            (cache / place / MARKER).write_text("{}")
+    default = checkpoints.llama(cache / "auvsum" / "models" / DEFAULT_MODEL, max_position_embeddings=POSITIONS)
+    (default / MARKER).write_text("{}")
+    repository = cache / "huggingface" / "hub" / "models--facebook--opt-125m"
+    checkpoints.opt(repository / "snapshots" / "0", max_position_embeddings=POSITIONS)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
     return cache
 
 
