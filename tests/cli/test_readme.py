@@ -1,7 +1,8 @@
 """The README is run, word for word: every `console` and every `python` block, each in a fresh copy of what a user has.
 
 Nothing in the text is replaced. The models that the README names are there under their names, in a cache of the test's
-own: tiny, random, and able to read any text; a name that is not there fails. A block that must not be run here (installing, fetching) is a `bash` block.
+own: tiny, random, and able to read any text; a name that is not there fails. A block that must not be run here
+(installing, fetching) is a `bash` block.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def user(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder: the samples, an empty home, no settings but the cache, no network."""
+    """A user's folder: the samples, an empty home, no settings but short summaries, no network."""
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
     for name in [name for name in os.environ if name.startswith(("AUVSUM_", "HF_", "XDG_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Random models do not know when to stop, and are too small for more threads.
+    monkeypatch.setenv("AUVSUM_MAX_TOKENS", "16")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     return tmp_path
 
