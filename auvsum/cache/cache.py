@@ -1,8 +1,8 @@
 """BudgetedCache: the transformers side of the slot store. A drop-in for `past_key_values`.
 
-    import auvsum
-    model.set_attn_implementation("auvsum")
-    model.generate(ids, past_key_values=auvsum.BudgetedCache(model.config, policy="auv", slots=64))
+import auvsum
+model.set_attn_implementation("auvsum")
+model.generate(ids, past_key_values=auvsum.BudgetedCache(model.config, policy="auv", slots=64))
 """
 
 from __future__ import annotations

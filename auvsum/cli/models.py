@@ -14,7 +14,7 @@ from auvsum.cli.guard import guarded
 from auvsum.ui.console import Console
 
 if TYPE_CHECKING:
-    from auvsum.engine.listing import ModelInfo
+    from auvsum.engine.models import ModelInfo
 
 app = typer.Typer(help="Models: list them, bring one here, find its folder.")
 
@@ -40,7 +40,7 @@ def list_(
     console = Console(color.value, debug=debug)
 
     def work() -> int:
-        from auvsum.engine.listing import listing
+        from auvsum.engine.models import listing
 
         models = listing()
         if format is options.Format.json:
