@@ -118,8 +118,8 @@ class Summary:
 class Summarizer:
     """A loaded model with its settings.
 
-        summarizer = Summarizer.from_pretrained("smollm2-135m-instruct", budget="10%")
-        print(summarizer.summarize(text).text)
+    summarizer = Summarizer.from_pretrained("smollm2-135m-instruct", budget="10%")
+    print(summarizer.summarize(text).text)
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
@@ -272,9 +272,7 @@ class Summarizer:
         shape, free = self.loaded.shape, free_bytes(self.loaded.device)
 
         def resolved(policy: Policy) -> ResolvedBudget:
-            cost = policy.slot_cost(
-                kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes
-            )
+            cost = policy.slot_cost(kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes)
             return resolve(
                 budget,
                 shape=shape,

@@ -76,6 +76,8 @@ def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
 def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One row's chunk: attend, observe, choose, fill. Returns `[T, H, D]`."""
     store, policy = layer.store, layer.policy
+    if store.longest[row] == 0:
+        store.longest[row] = key.shape[2]
     held = store.hold(row, key[0], value[0])
     keys, values, past_valid = held.key[None], held.value[None], None
     past = held.size - held.chunk

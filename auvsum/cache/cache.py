@@ -1,8 +1,8 @@
 """BudgetedCache: the transformers side of the slot store. A drop-in for `past_key_values`.
 
-    import auvsum
-    model.set_attn_implementation("auvsum")
-    model.generate(ids, past_key_values=auvsum.BudgetedCache(model.config, policy="auv", slots=64))
+import auvsum
+model.set_attn_implementation("auvsum")
+model.generate(ids, past_key_values=auvsum.BudgetedCache(model.config, policy="auv", slots=64))
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.row_slots: dict[int, int] = {}
         self.longest: dict[int, int] = {}
         self.prefill_bytes = 0
+        self.unread: set[int] = set()
         self._store: SlotStore | None = None
 
     @property
@@ -84,6 +85,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             state=self.policy.state,
             reconstruct=self.policy.keeps_reconstructed,
         )
+        self.unread = set(range(self.batch or batch))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -98,8 +100,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             )
         if self.slots is None:
             self._make_room(chunk)
-        for row in range(batch) if self.row is None else (self.row,):
-            if int(store.seen[row]) == 0:
+        if self.unread:
+            for row in self.unread & set(range(batch) if self.row is None else (self.row,)):
                 self._start(row, chunk)
         if self.row is None:
             self.columns += chunk
@@ -108,14 +110,15 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         return key_states, value_states
 
     def _start(self, row: int, chunk: int) -> None:
-        """The first tokens of a row: its own budget and its constant N_max."""
+        """The first tokens of a row: its own budget and its constant N_max (0: to be set by the first chunk read)."""
+        self.unread.discard(row)
         slots = self.row_slots.get(row)
         self.store.clear(row, None if slots is None else self.policy.capacity(slots))
-        self.store.longest[row] = self.longest.get(row, chunk)
+        self.store.longest[row] = self.longest.get(row, int(chunk == 1 and not self.reads_prompt))
 
     def _make_room(self, chunk: int) -> None:
         """Only the full cache of unknown length moves: a larger store takes over the old one's rows."""
-        old = self.store
+        old, unread = self.store, self.unread
         needed = int(old.seen.max()) + chunk
         if needed <= old.slots:
             return
@@ -130,6 +133,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         new.pointer.copy_(old.pointer)
         new.seen.copy_(old.seen)
         new.longest.copy_(old.longest)
+        self.unread = unread
 
     @staticmethod
     def _like(store: SlotStore) -> Tensor:
@@ -155,7 +159,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """Empties every row; the memory stays."""
         self.columns = 0
         if self._store is not None:
-            for row in range(self._store.positions.shape[0]):
+            self.unread = set(range(self._store.positions.shape[0]))
+            for row in self.unread:
                 self._store.clear(row)
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
@@ -227,7 +232,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             if number is not None:
                 layer.row_slots[row] = number
             if layer.is_initialized:
-                layer.store.clear(row)
+                layer.unread.add(row)
 
     @contextmanager
     def reading(self, row: int) -> Iterator[None]:

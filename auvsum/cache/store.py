@@ -82,7 +82,7 @@ class SlotStore:
         self.capacity = torch.full((batch,), slots, dtype=torch.int64, device=device)
         self.pointer = torch.zeros(batch, dtype=torch.int64, device=device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.longest = torch.ones(batch, dtype=torch.float32, device=device)
+        self.longest = torch.zeros(batch, dtype=torch.float32, device=device)
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         if reconstruct:
             # r̄ and SES of eqs. 7 and 8, exact; slot S holds the copy that attention reads.

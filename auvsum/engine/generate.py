@@ -134,9 +134,7 @@ class Engine:
             if row is not None:
                 rows[number] = yield from self._write(cache, number, row, self._draw(row, logits[number]))
 
-    def _write(
-        self, cache: BudgetedCache, number: int, row: _Row, token: int
-    ) -> Generator[Event, None, _Row | None]:
+    def _write(self, cache: BudgetedCache, number: int, row: _Row, token: int) -> Generator[Event, None, _Row | None]:
         """Takes a row's next token; returns the row, or None when the document is complete."""
         reason: FinishReason | None = "eos" if token in self.eos_ids else None
         if reason is None:

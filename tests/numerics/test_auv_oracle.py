@@ -73,11 +73,6 @@ def test_left_padding_takes_no_part(opt: PreTrainedModel, pads: int) -> None:
     harness.compare(actual, expected)
 
 
-@pytest.mark.xfail(
-    raises=harness.Mismatch,
-    strict=True,
-    reason="without begin() the default N_max of a padded row counts its padding; it cancels in every decision",
-)
 def test_n_max_defaults_to_the_valid_tokens(opt: PreTrainedModel) -> None:
     """N_max is "one constant per sequence (the prompt's length)", and the length is counted "in valid tokens"."""
     alone, pads = tiny.tokens(40, seed=15), 10
