@@ -29,7 +29,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     Args:
         slots: the budget; None grows.
-        place: this layer's number and how many share the budget; None when `slots` is this layer's own number.
+        place: this layer's number among those that share a budget, and how many they are.
+        exact: whether `slots` is this layer's own number, not to be shared out.
 
     Attributes:
         row: the row that a prompt is being read into; None when the batch of the call is the batch of the cache.
@@ -44,13 +45,15 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         policy: Policy,
         slots: int | None,
         batch: int | None,
-        place: tuple[int, int] | None = None,
+        place: tuple[int, int] = (0, 1),
+        exact: bool = True,
         layer: int = 0,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.slots = slots
         self.place = place
+        self.exact = exact
         self.layer = layer
         self.batch = batch
         self.row: int | None = None
@@ -87,7 +90,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """Allocates the store in the keys' type and on their device."""
         batch, groups, chunk, size = key_states.shape
         tokens = max(self.longest.values(), default=chunk)
-        slots = chunk + _GROWTH if self.slots is None else self._own(self.slots, tokens)
+        slots = chunk + _GROWTH if self.slots is None else self._own(self.slots, tokens, self.exact)
         self._store = SlotStore(
             batch=self.batch or batch,
             kv_heads=groups,
@@ -123,9 +126,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         key_states.auvsum_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
-    def _own(self, granted: int, tokens: int, exact: bool = False) -> int:
+    def _own(self, granted: int, tokens: int, exact: bool) -> int:
         """This layer's slots of `granted` a layer, for a prompt of that many tokens."""
-        if exact or self.place is None:
+        if exact:
             return granted
         index, layers = self.place
         return self.policy.layer_slots(granted, layers, tokens)[index]
@@ -147,7 +150,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """
         store = self.store
         store.longest[row] = tokens
-        granted, exact = self.row_slots.get(row, (self.slots, False))
+        granted, exact = self.row_slots.get(row, (self.slots, self.exact))
         if granted is None:
             return
         capacity = self.policy.capacity(self._own(granted, tokens, exact))
@@ -265,8 +268,8 @@ class BudgetedCache(Cache):  # type: ignore[misc]
                 continue
             if one:
                 self._check(number)
-            place = (full.index(index), len(full)) if one else None
-            layers.append(LayerCache(self.policy, number, batch, place, index))
+            place = (full.index(index), len(full))
+            layers.append(LayerCache(self.policy, number, batch, place, not one, index))
         super().__init__(layers=layers)
 
     def _check(self, slots: int | None) -> None:

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import make_policy, policy_names
+from auvsum.engine.generate import Engine, Request
 from auvsum.errors import PolicyError
+from auvsum.events import Finished
 from tests import tiny
 from tests.numerics import harness
 from tests.numerics import naive_baselines as nb
@@ -173,6 +175,23 @@ def test_pyramid_stays_within_the_bytes_and_falls(llama: PreTrainedModel) -> Non
     _, steep = harness.run_package(llama, [tiny.tokens(60, seed=66)], policy="pyramidkv", slots=SLOTS)
     assert steep.bytes() <= even.bytes()
     assert steep.layers[0].store.slots > SLOTS > steep.layers[1].store.slots
+
+
+def test_the_engine_shares_slots_out_as_the_drop_in_does(llama: PreTrainedModel) -> None:
+    """Documents of different lengths together: each has its own pyramid, in a cache that fits the larger one."""
+    lengths, batch = (60, 45), 2
+    prompts = [tiny.tokens(length, seed=66)[0].tolist() for length in lengths]
+    with harness.attention(llama, "auvsum"):
+        engine = Engine(llama, make_policy("pyramidkv"), batch_size=batch)
+        events = list(engine.run([Request(ids, SLOTS, 8) for ids in prompts]))
+        written = {event.request: list(event.token_ids) for event in events if isinstance(event, Finished)}
+        for index, ids in enumerate(prompts):
+            cache = BudgetedCache(llama.config, policy="pyramidkv", slots=SLOTS)
+            row = torch.tensor([ids])
+            out = llama.generate(
+                row, attention_mask=torch.ones_like(row), past_key_values=cache, max_new_tokens=8, do_sample=False
+            )
+            assert out[0, len(ids) :].tolist() == written[index]
 
 
 @pytest.mark.parametrize("seed", [1, 2])
