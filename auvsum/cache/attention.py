@@ -15,10 +15,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from auvsum.errors import PolicyError
-from auvsum.kernels.column_scores import attend_chunk
+from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
 if TYPE_CHECKING:
     from auvsum.cache.cache import LayerCache
+    from auvsum.cache.store import Held
 
 NAME = "auvsum"
 
@@ -55,9 +56,14 @@ def attention(
         raise PolicyError("layers with a sliding window are not supported", "use a model with full attention only")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    return layer.attend(query, key, value, scale, tokens), None
+
+
+def attend(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
+    """A chunk of a prompt, or one decode step: the output `[B, T, H, D]`. `tokens` is the chunk's padding mask."""
     if query.shape[2] > 1 or layer.reads_prompt:
-        return _read(layer, query, key, value, scale, tokens), None
-    return _step(layer, query, key, value, scale), None
+        return _read(layer, query, key, value, scale, tokens)
+    return _step(layer, query, key, value, scale)
 
 
 def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
@@ -76,10 +82,8 @@ def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
 
 def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One row's chunk: attend, observe, choose, fill. Returns `[T, H, D]`."""
-    store, policy = layer.store, layer.policy
-    if store.longest[row] == 0:
-        store.longest[row] = key.shape[2]
-    held = store.hold(row, key[0], value[0])
+    store = layer.store
+    held = hold(layer, row, key, value)
     keys, values, past_valid = held.key[None], held.value[None], None
     past = held.size - held.chunk
     folded = store.reconstructed(row)
@@ -91,13 +95,27 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
         past += 1
     out, seen = attend_chunk(query, keys, values, scale, past, past_valid)
     layer.count_prefill(keys, values, key, value)
+    settle(layer, row, held, seen)
+    return out[0].transpose(0, 1)
+
+
+def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
+    """What a row holds and its chunk `[1, G, T, D]`, among which its policy will choose."""
+    store = layer.store
+    if store.longest[row] == 0:
+        store.longest[row] = key.shape[2]
+    return store.hold(row, key[0], value[0])
+
+
+def settle(layer: LayerCache, row: int, held: Held, seen: ChunkAttention) -> None:
+    """After a row's chunk has been attended to: the policy observes and chooses, and the store is filled."""
+    store, policy = layer.store, layer.policy
     policy.observe_chunk(seen, held, store, row)
     keep = policy.choose(held, int(store.capacity[row]))
     if keep is not None and store.reconstruct:
         evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)
         store.fold(row, held.key, held.value, evicted)
     store.fill(row, held, keep)
-    return out[0].transpose(0, 1)
 
 
 def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

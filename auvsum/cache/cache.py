@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from auvsum.cache import attention as _attention  # noqa: F401  (registers the attention function)
+from auvsum.cache import attention
 from auvsum.cache.policy import Policy, make_policy
 from auvsum.cache.store import SlotStore
 from auvsum.errors import PolicyError
@@ -108,6 +108,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         # transformers passes the tensors on unchanged; an attribute is the one link that survives that way.
         key_states.auvsum_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
+        """What the attention function does in this layer, given what `update` returned."""
+        return attention.attend(self, query, key, value, scale, tokens)
 
     def _start(self, row: int, chunk: int) -> None:
         """The first tokens of a row: its own budget and its constant N_max (0: to be set by the first chunk read)."""
