@@ -10,6 +10,7 @@ import typer
 
 from auvsum import __version__
 from auvsum.cli import config, doctor, models, summarize
+from auvsum.cli import eval as evaluation
 from auvsum.cli.guard import INTERRUPTED
 from auvsum.ui.console import Console
 
@@ -38,6 +39,8 @@ app = typer.Typer(
 app.command("summarize")(summarize.command)
 app.add_typer(models.app, name="models")
 app.command("doctor", short_help="Check that this installation works.")(doctor.command)
+app.command("eval", short_help="Measure policies and budgets on documents with summaries.")(evaluation.command)
+app.command("score", short_help="Score a run again, without generating.")(evaluation.score_command)
 app.add_typer(config.app, name="config")
 
 
