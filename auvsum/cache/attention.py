@@ -95,7 +95,7 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
         past += 1
     out, seen = attend_chunk(query, keys, values, scale, past, past_valid)
     layer.count_prefill(keys, values, key, value)
-    settle(layer, row, held, seen)
+    choose_and_fill(layer, row, held, seen)
     return out[0].transpose(0, 1)
 
 
@@ -107,7 +107,7 @@ def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
     return store.hold(row, key[0], value[0])
 
 
-def settle(layer: LayerCache, row: int, held: Held, seen: ChunkAttention) -> None:
+def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttention) -> None:
     """After a row's chunk has been attended to: the policy observes and chooses, and the store is filled."""
     store, policy = layer.store, layer.policy
     policy.observe_chunk(seen, held, store, row)

@@ -74,6 +74,7 @@ def command(
         bool, _option("Allow model, encoder and dataset to be downloaded.", "--download/--no-download")
     ] = False,
     recipe: Recipe = None,
+    only: Annotated[str | None, _option("Names of the recipe's runs to measure.", metavar="A,B")] = None,
     batch_size: Annotated[int | None, _option("Documents written together; more on a GPU.", metavar="N")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -113,7 +114,7 @@ def command(
         folder = data_dir or (Path(path) if (path := os.environ.get("AUVSUM_DATA_DIR")) else None)
         machine = _Machine(folder, download, device or "auto", threads, batch_size)
         codes = []
-        for name, config in configurations(recipe, flags):
+        for name, config in configurations(recipe, flags, split_list(only or "")):
             where = (out / name if name else out) if out else Path("runs") / (name or _default_name(config))
             codes.append(_evaluate(console, config, Run(where), resume or bool(name), machine))
         return max(codes)

@@ -59,6 +59,10 @@ class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.members = list(members)
         self.targets: list[tuple[int, int]] | None = None
+        #: A layer that slides attends otherwise while it reads; such models are refused.
+        self.window: int | None = getattr(self.members[0], "window", None)
+        if self.window is not None:
+            raise PolicyError("the evaluation does not support layers with a sliding window", "use another model")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -96,7 +100,7 @@ class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
             member.update(key, value)
             if int(member.store.seen[row]):
                 raise PolicyError("a fan-out reads whole prompts", "begin the row anew before reading into it")
-            attention.settle(member, row, attention.hold(member, row, key, value), shared)
+            attention.choose_and_fill(member, row, attention.hold(member, row, key, value), shared)
             member.row, member.reads_prompt = None, False
         return out.transpose(1, 2)
 

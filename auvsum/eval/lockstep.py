@@ -162,16 +162,15 @@ class _Batch:
         groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for number, row in enumerate(self.rows):
             groups.setdefault((row.document, tuple(self._prompt(row))), []).append(number)
+        for row in self.rows:  # all rows are declared before the first allocates a store
+            slots = None if row.start is None else self.starts[row.document][row.start].slots
+            self.caches[row.cache].begin(len(self._prompt(row)), row=row.row, slots=slots)
         for (_, prompt), numbers in groups.items():
             first[numbers] = self._read(prompt, numbers).argmax(-1)
         kept = [self._kept(row) for row in self.rows]
         return torch.where(self.forced, first[self.leader], first), kept
 
     def _read(self, prompt: tuple[int, ...], numbers: list[int]) -> Tensor:
-        for number in numbers:
-            row = self.rows[number]
-            slots = None if row.start is None else self.starts[row.document][row.start].slots
-            self.caches[row.cache].begin(len(prompt), row=row.row, slots=slots)
         with self.fan.reading((self.rows[number].cache, self.rows[number].row) for number in numbers):
             out = self.model(
                 torch.tensor([prompt], device=self.device),

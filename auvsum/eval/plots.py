@@ -39,6 +39,8 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     for metric in PLOTTED:
         if any(metric in row["scores"] for row in rows if row["kind"] == "cache"):
             found[f"quality-{metric}"] = _quality(Figure(figsize=(7, 4.5), layout="constrained"), rows, metric, runs)
+    if any("tokens_per_s" in row["scores"] for row in rows):
+        found["throughput"] = _quality(Figure(figsize=(7, 4.5), layout="constrained"), rows, "tokens_per_s", runs)
     if any(row["kept"] for row in rows):
         found["kept"] = _kept(Figure(figsize=(7, 4.5), layout="constrained"), rows)
     if not found:
@@ -73,7 +75,7 @@ def _quality(figure: Any, rows: Sequence[dict[str, Any]], metric: str, runs: Seq
         above = [row["scores"][metric]["high"] - m for m, row in zip(means, line, strict=True)]
         sizes = [row["bytes"] / 2**20 for row in line]
         axes.errorbar(sizes, means, yerr=(below, above), marker="o", markersize=4, capsize=2, label=label)
-    front = pareto(points, more_is_better=PLOTTED[metric])
+    front = pareto(points, more_is_better=PLOTTED.get(metric, True))
     axes.plot(*zip(*front, strict=True), color="0.8", linewidth=5, zorder=0, label="Pareto front")
     axes.set_xscale("log")
     axes.set_xlabel("KV bytes a document at the peak, MiB")

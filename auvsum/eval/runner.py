@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from auvsum._version import __version__
+from auvsum.cache.policy import Policy, make_policy
+from auvsum.engine.generate import Engine, Request
 from auvsum.engine.models import LoadedModel
 from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentError
 from auvsum.eval.cells import FIRST_WORDS, Cell, cells, resolved, shade, tenths
-from auvsum.eval.config import EvalConfig
+from auvsum.eval.config import THROUGHPUT, EvalConfig
 from auvsum.eval.datasets import Example
 from auvsum.eval.lockstep import Start, Written, write_together
 from auvsum.eval.prompts import Asked, Prompter, choose_shots
 from auvsum.eval.runs import ENV, Run
 from auvsum.eval.tasks import task_of
 from auvsum.eval.texts import arrange, first_words, lexrank
+from auvsum.events import Finished
 
 #: Documents whose text is kept with the run, for the page of `auvsum report`.
 _SHOWN = 3
@@ -178,6 +181,13 @@ class Runner:
 
     # -- one document -------------------------------------------------------------------------------------------------
 
+    def _speed(self, policy: Policy, slots: int | tuple[int, ...], prompt: tuple[int, ...]) -> float:
+        """Decoded tokens a second of one cache alone, by the engine; the first token belongs to the prefill."""
+        engine = Engine(self.loaded.model, policy)
+        request = Request(prompt, slots, self.prompter.max_new_tokens)
+        done = next(event for event in engine.run([request]) if isinstance(event, Finished))
+        return (len(done.token_ids) - 1) / done.decode_seconds
+
     def _sample(self, item: _Work, written: tuple[Written, list[Written]] | None, seconds: float) -> dict[str, Any]:
         example, asked = item.example, item.asked
         head: dict[str, Any] = {
@@ -240,6 +250,14 @@ class Runner:
                 "nats": sum(own.lost[:scored]) / scored,
                 "scored": scored,
             }
+        if THROUGHPUT in self.config.metrics and cell.kind != "cut":
+            prompt = item.asked.prompt.ids
+            if cell.kind == "full":
+                policy: Policy = make_policy("full")
+                slots: int | tuple[int, ...] = len(prompt) + self.prompter.max_new_tokens
+            else:
+                policy, slots = item.starts[cell.name][0].policy, item.starts[cell.name][0].slots
+            row["tokens_per_s"] = self._speed(policy, slots, prompt)
         if cell.kind == "cache":
             kept = own.kept.tolist()
             row["kept"] = tenths(kept, start, end)

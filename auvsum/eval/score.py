@@ -69,6 +69,7 @@ class _Table:
         scores: Scores = {metric: [row.get(metric) for row in found] for metric in FIDELITY}
         texts = [row.get("summary") for row in found]
         scores["words"] = [None if text is None else float(len(text.split())) for text in texts]
+        scores["tokens_per_s"] = [row.get("tokens_per_s") for row in found]
         scores |= self._against_references(texts)
         short = [None if t is None else first_words(t, n) for t, n in zip(texts, self.lengths, strict=True)]
         scores |= {f"{metric}@matched": values for metric, values in self._against_references(short).items()}

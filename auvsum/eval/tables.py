@@ -22,6 +22,7 @@ COLUMNS = {
     "rougeLsum": ("R-Lsum", 1),
     "bertscore": ("BERTScore", 1),
     "words": ("words", 0),
+    "tokens_per_s": ("tokens/s", 1),
     "rouge1@matched": ("R-1 matched", 1),
     "bertscore@matched": ("BERTScore matched", 1),
 }
