@@ -37,7 +37,7 @@ class Task:
 
 
 _TASKS = [
-    Task("sample", (), max_new_tokens=96, limit=4),
+    Task("sample", (), max_new_tokens=64, limit=4),
     Task(
         "xsum",
         ("xsum.jsonl",),

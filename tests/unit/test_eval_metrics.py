@@ -104,15 +104,14 @@ def test_conditions_move_paragraphs_and_lose_none() -> None:
     assert len(paragraphs("One. Two. Three. Four. Five.")) == 2
 
 
-def test_lexrank_takes_central_sentences_and_respects_the_length() -> None:
+def test_lexrank_puts_the_central_sentence_first_and_respects_the_length() -> None:
     text = (
-        "The river mill was sold in May. Rain fell on the hills. The mill by the river was sold to new owners. "
-        "A dog barked. The sold river mill opens in June with new owners."
+        "Rain fell hard. Birds sang on. Apples cost more today. Bridges close one month. "
+        "Apples bridges castles dragons. Castles stand very tall. Dragons sleep until noon. Snow covers fields."
     )
-    summary = lexrank(text, 14)
-    assert len(summary.split()) <= 14
-    assert "mill" in summary
-    assert "mill" in lexrank(text, 7)
+    assert lexrank(text, 4) == "Apples bridges castles dragons."
+    assert lexrank(text, 3) == "Apples bridges castles"
+    assert len(lexrank(text, 12).split()) == 12
     assert lexrank(text, 0) == ""
 
 
