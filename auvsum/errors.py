@@ -5,8 +5,9 @@
     │   ├── DocumentNotFound · DocumentUnreadable · DocumentEmpty · DocumentBinary · DocumentEncoding
     │   ├── DocumentTooLong
     │   └── GenerationFailed
-    ├── UsageError     2   flags, configuration, budgets, policies
-    │   ├── ConfigError · BudgetError · PolicyError · TemplateError
+    ├── UsageError     2   flags, configuration, budgets, policies, data sets, runs
+    │   ├── ConfigError · BudgetError · PolicyError · TemplateError · DatasetError · RunError
+    ├── MetricError    1   a score that cannot be computed
     └── ModelError     3   the model or the device is not to be had
         ├── ModelNotFound · ModelIncomplete · ModelUnsupported · DownloadFailed
         └── DeviceError
@@ -91,6 +92,18 @@ class PolicyError(UsageError):
 
 class TemplateError(UsageError):
     kind = "template"
+
+
+class DatasetError(UsageError):
+    kind = "dataset"
+
+
+class RunError(UsageError):
+    kind = "run"
+
+
+class MetricError(AuvsumError):
+    kind = "metric"
 
 
 class ModelError(AuvsumError):

@@ -16,10 +16,11 @@ from transformers.modeling_utils import AttentionInterface
 
 from auvsum.cache.sliding import attend_window
 from auvsum.errors import PolicyError
-from auvsum.kernels.column_scores import attend_chunk
+from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
 if TYPE_CHECKING:
     from auvsum.cache.cache import LayerCache
+    from auvsum.cache.store import Held
 
 NAME = "auvsum"
 
@@ -59,9 +60,14 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    return layer.attend(query, key, value, scale, tokens), None
+
+
+def attend(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
+    """A chunk of a prompt, or one decode step: the output `[B, T, H, D]`. `tokens` is the chunk's padding mask."""
     if query.shape[2] > 1 or layer.reads_prompt:
-        return _read(layer, query, key, value, scale, tokens), None
-    return _step(layer, query, key, value, scale), None
+        return _read(layer, query, key, value, scale, tokens)
+    return _step(layer, query, key, value, scale)
 
 
 def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
@@ -80,21 +86,14 @@ def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
 
 def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One row's chunk: attend, observe, choose, fill. Returns `[T, H, D]`."""
-    store, policy = layer.store, layer.policy
-    if store.longest[row] == 0:
-        layer.settle(row, key.shape[2])
-    if not policy.streams and (int(store.seen[row]) or key.shape[2] < int(store.longest[row])):
-        raise PolicyError(
-            f"policy {policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
-            "read the prompt in one pass (--strategy single), or use another policy",
-        )
-    held = store.hold(row, key[0], value[0])
+    store = layer.store
+    held = hold(layer, row, key, value)
     keys, values, past_valid = held.key[None], held.value[None], None
     past = held.size - held.chunk
     if layer.window is not None:
         out = attend_window(query, keys, values, scale, past, layer.window)
         layer.count_prefill(keys, values, key, value)
-        store.fill(row, held, policy.choose(held, int(store.capacity[row])))
+        store.fill(row, held, layer.policy.choose(held, int(store.capacity[row])))
         return out[0].transpose(0, 1)
     folded = store.reconstructed(row)
     if folded is not None:
@@ -105,13 +104,32 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
         past += 1
     out, seen = attend_chunk(query, keys, values, scale, past, past_valid)
     layer.count_prefill(keys, values, key, value)
+    choose_and_fill(layer, row, held, seen)
+    return out[0].transpose(0, 1)
+
+
+def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
+    """What a row holds and its chunk `[1, G, T, D]`, among which its policy will choose."""
+    store, policy = layer.store, layer.policy
+    if store.longest[row] == 0:
+        layer.settle(row, key.shape[2])
+    if not policy.streams and (int(store.seen[row]) or key.shape[2] < int(store.longest[row])):
+        raise PolicyError(
+            f"policy {policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
+            "read the prompt in one pass (--strategy single), or use another policy",
+        )
+    return store.hold(row, key[0], value[0])
+
+
+def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttention) -> None:
+    """After a row's chunk has been attended to: the policy observes and chooses, and the store is filled."""
+    store, policy = layer.store, layer.policy
     policy.observe_chunk(seen, held, store, row)
     keep = policy.choose(held, int(store.capacity[row]))
     if keep is not None and store.reconstruct:
         evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)
         store.fold(row, held.key, held.value, evicted)
     store.fill(row, held, keep)
-    return out[0].transpose(0, 1)
 
 
 def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from auvsum.cache import attention as _attention  # noqa: F401  (registers the attention function)
+from auvsum.cache import attention
 from auvsum.cache.policy import Policy, make_policy
 from auvsum.cache.sliding import SlidingWindow, layer_windows
 from auvsum.cache.store import SlotStore
@@ -132,6 +132,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             return granted
         index, layers = self.place
         return self.policy.layer_slots(granted, layers, tokens)[index]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
+        """What the attention function does in this layer, given what `update` returned."""
+        return attention.attend(self, query, key, value, scale, tokens)
 
     def _start(self, row: int, chunk: int) -> None:
         """The first tokens of a row. How many they are is declared, or known when the first chunk is read."""

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from auvsum import __version__
-from auvsum.cli import config, doctor, inspect, models, policies, summarize
+from auvsum.cli import config, doctor, inspect, models, policies, runs, summarize
+from auvsum.cli import eval as evaluation
 from auvsum.cli.guard import INTERRUPTED
 from auvsum.ui.console import Console
 
@@ -42,6 +43,11 @@ app.command("inspect", short_help="Show which tokens each policy kept.")(inspect
 app.command("policies", short_help="List the eviction policies.")(policies.command)
 app.add_typer(models.app, name="models")
 app.command("doctor", short_help="Check that this installation works.")(doctor.command)
+app.command("eval", short_help="Measure policies and budgets on documents with summaries.")(evaluation.command)
+app.command("score", short_help="Score a run again, without generating.")(evaluation.score_command)
+app.command("compare", short_help="One table of several runs.")(runs.compare)
+app.command("plot", short_help="Plots of runs.")(runs.plot)
+app.command("report", short_help="A page, or Markdown, of runs.")(runs.report)
 app.add_typer(config.app, name="config")
 
 

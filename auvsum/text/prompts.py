@@ -73,6 +73,24 @@ def build_prompt(
     )
 
 
+def plain_prompt(
+    tokenizer: Any, before: str, document: str, after: str, *, template: str, max_new_tokens: int
+) -> Prompt:
+    """A document between two texts, without chat or template: a prompt with examples, say. Nothing is a control token.
+
+    Args:
+        template: what the prompt calls its form.
+    """
+    head = [*_leading_ids(tokenizer), *_encode_data(tokenizer, before)]
+    body = _encode_data(tokenizer, document)
+    return Prompt(
+        ids=(*head, *body, *_encode_data(tokenizer, after)),
+        document=(len(head), len(head) + len(body)),
+        template=template,
+        max_new_tokens=max_new_tokens,
+    )
+
+
 def truncate_document(prompt: Prompt, limit: int) -> tuple[Prompt, int]:
     """Cuts the document at its end so that the whole prompt has at most `limit` tokens.
 

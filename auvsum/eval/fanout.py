@@ -1,0 +1,129 @@
+"""One reading of a prompt, and one decode batch, for many caches at once.
+
+In a one-shot prompt every token attends to all before it, whatever the policy: eviction comes after. So the prompt's
+hidden states, queries, keys and values are the same for all policies and budgets, and one pass of the model can fill
+every cache. A decode step is one batch whose rows lie in different caches, one after the other.
+
+    fan = FanOut([h2o_cache, auv_cache])              # BudgetedCaches with `batch` rows each
+    with fan.reading([(0, 0), (1, 0), (1, 1)]):       # (cache, row) pairs that this prompt goes to
+        model(ids, past_key_values=fan, ...)
+    model(tokens, past_key_values=fan, ...)           # rows: h2o's, then auv's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from auvsum.cache import attention
+from auvsum.cache.cache import BudgetedCache, LayerCache
+from auvsum.errors import PolicyError
+from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
+
+
+class FanOut(Cache):  # type: ignore[misc]
+    """Several `BudgetedCache`s behind one `past_key_values`.
+
+    Args:
+        caches: each made with its number of rows (`batch=`); their rows follow each other in a decode batch.
+    """
+
+    def __init__(self, caches: Sequence[BudgetedCache]) -> None:
+        super().__init__(layers=[_FanLayer(members) for members in zip(*(c.layers for c in caches), strict=True)])
+
+    @contextmanager
+    def reading(self, rows: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Within: the model is called with a whole prompt, batch 1, which goes to these (cache, row) pairs."""
+        targets = list(rows)
+        for layer in self.layers:
+            layer.targets = targets
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.targets = None
+
+
+class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of all caches."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, members: Sequence[LayerCache]) -> None:
+        super().__init__()
+        self.members = list(members)
+        self.targets: list[tuple[int, int]] | None = None
+        #: A layer that slides attends otherwise while it reads; such models are refused.
+        self.window: int | None = getattr(self.members[0], "window", None)
+        if self.window is not None:
+            raise PolicyError("the evaluation does not support layers with a sliding window", "use another model")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Links the new keys to this layer; the members take theirs in `attend`."""
+        self.is_initialized = True
+        key_states.auvsum_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
+        """A prompt for the targets, or one decode step of every member's rows: `[B, T, H, D]`.
+
+        Raises:
+            PolicyError: padding, of which there is none here.
+        """
+        if tokens is not None:
+            raise PolicyError("a fan-out takes no attention mask", "read prompts one at a time, without padding")
+        if self.targets is not None:
+            return self._read(self.targets, query, key, value, scale)
+        parts, start = [], 0
+        for member in self.members:
+            rows = slice(start, start + member.store.positions.shape[0])
+            start = rows.stop
+            key_rows, value_rows = member.update(key[rows], value[rows])
+            parts.append(member.attend(query[rows], key_rows, value_rows, scale, None))
+        return torch.cat(parts)
+
+    def _read(self, targets: list[tuple[int, int]], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out, seen = attend_chunk(query, key, value, scale, 0)
+        shared = _Shared(**{f.name: getattr(seen, f.name) for f in fields(seen)})
+        for number, row in targets:
+            member = self.members[number]
+            member.row, member.reads_prompt = row, True
+            member.update(key, value)
+            if int(member.store.seen[row]):
+                raise PolicyError("a fan-out reads whole prompts", "begin the row anew before reading into it")
+            attention.choose_and_fill(member, row, attention.hold(member, row, key, value), shared)
+            member.row, member.reads_prompt = None, False
+        return out.transpose(1, 2)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(frozen=True)
+class _Shared(ChunkAttention):
+    """Remembers the column sums that one policy or row has asked for: the next that asks for them gets a copy."""
+
+    known: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
+
+    def column_sums(self, weights: Tensor | None = None) -> Tensor:
+        for asked, total in self.known:
+            if weights is asked or (weights is not None and asked is not None and torch.equal(weights, asked)):
+                return total.clone()
+        total = super().column_sums(weights)
+        self.known.append((weights, total))
+        return total.clone()

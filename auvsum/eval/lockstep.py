@@ -1,0 +1,252 @@
+"""Teacher forcing and free writing of a whole matrix of caches, in lockstep: one decode batch, one prompt pass each.
+
+For every document the full cache writes its greedy summary. Beside it, in the same batch, every other cache takes the
+same tokens one a step (forced) and its own (free). So the full cache's probabilities and another's for the same token
+lie side by side: do they agree on the best token, and how many nats does the other lose?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auvsum.cache.cache import BudgetedCache
+from auvsum.cache.policy import Policy, make_policy
+from auvsum.errors import GenerationFailed
+from auvsum.eval.fanout import FanOut
+
+#: Steps between two looks at whether everything is written; looking makes a GPU wait.
+_LOOK = 8
+
+
+@dataclass(frozen=True)
+class Start:
+    """A cache for one document.
+
+    Args:
+        slots: granted to each layer, or one number a layer.
+        prompt: read by this cache alone instead of the document's prompt (a truncated one).
+        group: caches of the same policy and group share their tensors; rows of very different sizes should not.
+    """
+
+    policy: Policy
+    slots: int | tuple[int, ...]
+    prompt: tuple[int, ...] | None = None
+    group: str = ""
+
+
+@dataclass
+class Written:
+    """What came of one cache.
+
+    Attributes:
+        token_ids: its own greedy continuation, without the end-of-text token; empty where only forced.
+        agrees: for each token of the full cache's continuation from the second on (its end-of-text token included),
+            whether this cache thinks the same token best. lost: log p_full - log p of that token, in nats.
+        kept: fp32 `[prompt]`, the share of (layer, head) pairs that held each token when the prompt had been read.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    ended: bool = False
+    agrees: list[bool] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
+    kept: Tensor | None = None
+
+
+@dataclass
+class _Row:
+    """One row of the decode batch: which document, which start (None: the full cache's own), forced or free."""
+
+    document: int
+    start: int | None
+    forced: bool
+    cache: int = -1
+    row: int = -1
+
+
+def write_together(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    starts: Sequence[Sequence[Start]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int] = (),
+    forced: bool = True,
+    free: bool = True,
+) -> list[tuple[Written, list[Written]]]:
+    """Reads the prompts and writes with all caches.
+
+    Args:
+        model: a transformers decoder; its attention implementation is set to "auvsum".
+        prompts: token ids a document. starts: for each document the caches beside the full one.
+
+    Returns:
+        for each document what the full cache wrote, and what came of each start.
+
+    Raises:
+        GenerationFailed: logits that are not numbers.
+    """
+    batch = _Batch(model, prompts, starts, max_new_tokens, forced, free)
+    with torch.no_grad():
+        return batch.run(frozenset(eos_ids))
+
+
+class _Batch:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        starts: Sequence[Sequence[Start]],
+        max_new_tokens: int,
+        forced: bool,
+        free: bool,
+    ) -> None:
+        model.set_attn_implementation("auvsum")
+        self.model, self.prompts, self.starts, self.max_new_tokens = model, prompts, starts, max_new_tokens
+        self.device = next(model.parameters()).device
+        full = Start(make_policy("full"), max(len(prompt) for prompt in prompts) + max_new_tokens)
+        members: dict[tuple[Policy, str], list[_Row]] = {(full.policy, "full"): []}
+        sizes: dict[tuple[Policy, str], list[int | tuple[int, ...]]] = {(full.policy, "full"): [full.slots]}
+        for document in range(len(prompts)):
+            members[full.policy, "full"].append(_Row(document, None, False))
+            for number, start in enumerate(starts[document]):
+                key = (start.policy, start.group)
+                members.setdefault(key, []).extend(
+                    _Row(document, number, kind) for kind, wanted in ((True, forced), (False, free)) if wanted
+                )
+                sizes.setdefault(key, []).append(start.slots)
+        self.caches = [
+            BudgetedCache(model.config, policy, _largest(sizes[policy, group]), batch=len(rows))
+            for (policy, group), rows in members.items()
+            if rows
+        ]
+        self.rows: list[_Row] = []
+        for cache, rows in enumerate(rows for rows in members.values() if rows):
+            for place, row in enumerate(rows):
+                row.cache, row.row = cache, place
+                self.rows.append(row)
+        self.fan = FanOut(self.caches)
+        leaders = {row.document: number for number, row in enumerate(self.rows) if row.start is None}
+        self.leader = torch.tensor([leaders[row.document] for row in self.rows], device=self.device)
+        self.forced = torch.tensor([row.forced for row in self.rows], device=self.device)
+
+    def run(self, eos_ids: frozenset[int]) -> list[tuple[Written, list[Written]]]:
+        tokens, kept = self._read_all()
+        lengths = torch.tensor([len(self._prompt(row)) for row in self.rows], device=self.device)
+        eos = torch.tensor(sorted(eos_ids), device=self.device)
+        ended = torch.isin(tokens, eos)
+        own, agrees, lost = [tokens], [], []
+        for step in range(self.max_new_tokens - 1):
+            if step % _LOOK == 0 and bool(ended.all()):
+                break
+            logits = self._step(tokens, lengths + step)
+            best = logits.argmax(-1)
+            truth = best[self.leader]
+            chosen = logits.gather(-1, truth[:, None])[:, 0].float() - logits.float().logsumexp(-1)
+            agrees.append(best == truth)
+            lost.append(chosen[self.leader] - chosen)
+            own.append(best)
+            tokens = torch.where(self.forced, truth, best)
+            ended |= torch.isin(tokens, eos)
+        return self._collect(torch.stack(own, 1), agrees, lost, kept, eos_ids)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read_all(self) -> tuple[Tensor, list[Tensor]]:
+        """Every prompt into its rows: each row's first token `[R]`, and what each row kept."""
+        first = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
+        groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for number, row in enumerate(self.rows):
+            groups.setdefault((row.document, tuple(self._prompt(row))), []).append(number)
+        for row in self.rows:  # all rows are declared before the first allocates a store
+            slots = None if row.start is None else self.starts[row.document][row.start].slots
+            self.caches[row.cache].begin(len(self._prompt(row)), row=row.row, slots=slots)
+        for (_, prompt), numbers in groups.items():
+            first[numbers] = self._read(prompt, numbers).argmax(-1)
+        kept = [self._kept(row) for row in self.rows]
+        return torch.where(self.forced, first[self.leader], first), kept
+
+    def _read(self, prompt: tuple[int, ...], numbers: list[int]) -> Tensor:
+        with self.fan.reading((self.rows[number].cache, self.rows[number].row) for number in numbers):
+            out = self.model(
+                torch.tensor([prompt], device=self.device),
+                position_ids=torch.arange(len(prompt), device=self.device)[None],
+                past_key_values=self.fan,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = out.logits[0, -1]
+        if not bool(logits.isfinite().all()):
+            raise GenerationFailed("the model produced logits that are not finite numbers", "try --dtype fp32")
+        return logits
+
+    def _prompt(self, row: _Row) -> Sequence[int]:
+        own = None if row.start is None else self.starts[row.document][row.start].prompt
+        return self.prompts[row.document] if own is None else own
+
+    def _kept(self, row: _Row) -> Tensor:
+        """The share of (layer, head) pairs that hold each token of the row's prompt."""
+        length = len(self._prompt(row))
+        counts = torch.zeros(length + 1, dtype=torch.float32, device=self.device)
+        pairs = 0
+        for layer in self.caches[row.cache].layers:
+            store = layer.store
+            positions, valid = store.positions[row.row, :, : store.slots], store.valid[row.row, :, : store.slots]
+            at = positions.masked_fill(~valid, length).long().flatten()
+            counts.index_add_(0, at, torch.ones_like(at, dtype=torch.float32))
+            pairs += positions.shape[0]
+        return (counts[:length] / pairs).cpu()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        out = self.model(tokens[:, None], position_ids=positions[:, None], past_key_values=self.fan, use_cache=True)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _collect(
+        self,
+        own: Tensor,
+        agrees: list[Tensor],
+        lost: list[Tensor],
+        kept: list[Tensor],
+        eos_ids: frozenset[int],
+    ) -> list[tuple[Written, list[Written]]]:
+        ids = own.tolist()
+        agreed = torch.stack(agrees, 1).tolist() if agrees else [[] for _ in self.rows]
+        losses = torch.stack(lost, 1).float().cpu() if lost else torch.zeros(len(self.rows), 0)
+        texts = [_until(row, eos_ids) for row in ids]
+        results = [(Written(), [Written() for _ in starts]) for starts in self.starts]
+        leader = self.leader.tolist()
+        for number, row in enumerate(self.rows):
+            full, others = results[row.document]
+            into = full if row.start is None else others[row.start]
+            into.kept = kept[number]
+            if not row.forced:
+                into.token_ids, into.ended = texts[number]
+            if row.forced or row.start is None:
+                teacher, ended = texts[leader[number]]
+                steps = max(0, len(teacher) + ended - 1)
+                if not bool(losses[number, :steps].isfinite().all()):
+                    raise GenerationFailed("the model produced logits that are not finite numbers", "try --dtype fp32")
+                into.agrees, into.lost = agreed[number][:steps], losses[number, :steps].tolist()
+        return results
+
+
+def _until(ids: list[int], eos_ids: frozenset[int]) -> tuple[tuple[int, ...], bool]:
+    """The tokens before the first end of text, and whether there is one."""
+    at = next((i for i, token in enumerate(ids) if token in eos_ids), None)
+    return tuple(ids[:at]), at is not None
+
+
+def _largest(sizes: Sequence[int | tuple[int, ...]]) -> int | list[int]:
+    """Slots that are enough for each of several documents."""
+    if all(isinstance(size, int) for size in sizes):
+        return max(size for size in sizes if isinstance(size, int))
+    count = next(len(size) for size in sizes if not isinstance(size, int))
+    layers = [[size] * count if isinstance(size, int) else list(size) for size in sizes]
+    return [max(layer) for layer in zip(*layers, strict=True)]
