@@ -210,7 +210,7 @@ class Summarizer:
             plan.policy,
             eos_ids=self.loaded.eos_ids,
             chunk=settings.chunk if plan.strategy == "stream" else None,
-            sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
+            sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
         )
         summary = Summary(id, source, "", plan, settings, self.loaded, warnings=list(plan.warnings))
         pieces = _Pieces(self.loaded.tokenizer)
