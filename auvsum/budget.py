@@ -129,6 +129,7 @@ def resolve(
     slots_to_hold: Callable[[int], int],
     paper_slots: Callable[[int], int],
     free_bytes: int,
+    most_slots: int | None = None,
 ) -> ResolvedBudget:
     """Turns a budget into slots per layer for one prompt.
 
@@ -138,6 +139,7 @@ def resolve(
         slots_to_hold: slots with which the policy never evicts among that many tokens.
         paper_slots: slots the policy peaks at when the paper grants it that many tokens.
         free_bytes: free memory, for `auto`.
+        most_slots: slots that may be used at all, where something else than memory limits them.
 
     The slots are capped where the budget never binds, since more would be allocated for nothing.
 
@@ -165,6 +167,7 @@ def resolve(
     else:
         slots = slots_in(budget.value * full_bytes)
 
+    slots = slots if most_slots is None else min(slots, most_slots)
     if slots < least_slots:
         least_bytes = bytes_of(least_slots)
         raise BudgetError(

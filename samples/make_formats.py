@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAME = "fire-administration"
+NAME = "money-bail"
 _EPOCH = (2020, 1, 1, 0, 0, 0)
 _CONTAINER = """<?xml version="1.0"?>
 <container version="1.0" xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>
@@ -36,7 +36,7 @@ def write_pdf(blocks: list[str]) -> None:
     def furniture(canvas, document) -> None:  # type: ignore[no-untyped-def]
         canvas.setFont("Times-Italic", 9)
         canvas.drawString(72, 756, "Congressional Research Service")
-        canvas.drawRightString(540, 756, "U.S. Fire Administration")
+        canvas.drawRightString(540, 756, "Money Bail")
         canvas.drawCentredString(306, 36, f"Page {document.page}")
 
     body = ParagraphStyle("body", fontName="Times-Roman", fontSize=11, leading=13.5, spaceAfter=7)
@@ -49,7 +49,7 @@ def write_pdf(blocks: list[str]) -> None:
 
 def _soft(text: str) -> str:
     """Long words may break after these syllables."""
-    return re.sub(r"\b(admin|pro|depart|emer|assist)(istra|grams|ment|gency|ance)", "\\1\u00ad\\2", text)
+    return re.sub(r"\b(depart|consti|defen|juris|deten)(ment|tution|dants|diction|tion)", "\\1\u00ad\\2", text)
 
 
 def write_docx(blocks: list[str]) -> None:

@@ -18,7 +18,7 @@ from auvsum.text.readers import parse_pages, read_document
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "samples"
-REPORT = "fire-administration"
+REPORT = "money-bail"
 W = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 
 
