@@ -167,7 +167,7 @@ def test_one_bad_file_among_good_ones(cli: Any, models: dict[str, str]) -> None:
         record, end = decoder.raw_decode(text.lstrip())
         records.append(record)
         text = text.lstrip()[end:]
-    assert [record["error"] and record["error"]["kind"] for record in records] == [None, "document-binary", None]
+    assert [record["error"] and record["error"]["kind"] for record in records] == [None, "document-unreadable", None]
 
 
 def test_doctor(cli: Any) -> None:
