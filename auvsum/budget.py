@@ -140,6 +140,7 @@ def resolve(
     paper_slots: Callable[[int], int],
     free_bytes: int,
     window_bytes: int = 0,
+    most_slots: int | None = None,
 ) -> ResolvedBudget:
     """Turns a budget into slots per layer for one prompt.
 
@@ -150,6 +151,7 @@ def resolve(
         paper_slots: slots the policy peaks at when the paper grants it that many tokens.
         free_bytes: free memory, for `auto`.
         window_bytes: what the layers with a sliding window hold; the budget's rest goes to the others.
+        most_slots: slots that may be used at all, where something else than memory limits them.
 
     The slots are capped where the budget never binds, since more would be allocated for nothing.
 
@@ -178,6 +180,7 @@ def resolve(
     else:
         slots = slots_in(budget.value * full_bytes)
 
+    slots = slots if most_slots is None else min(slots, most_slots)
     if slots < least_slots:
         least_bytes = bytes_of(least_slots)
         raise BudgetError(

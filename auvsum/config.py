@@ -24,10 +24,11 @@ TEMPLATE_NAMES = ("auto", "chat", "completion")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "budget_scope": ("bytes", "paper"),
     "kv_bits": (16, 8, 4),
-    "strategy": ("auto", "single", "stream"),
+    "strategy": ("auto", "single", "stream", "map-reduce"),
+    "style": (None, "paragraph", "bullets"),
     "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
 }
-_AT_LEAST = {"chunk": 1, "max_tokens": 1, "sentences": 1, "words": 1, "threads": 1, "seed": 0}
+_AT_LEAST = {"chunk": 1, "window": 64, "max_tokens": 1, "sentences": 1, "words": 1, "threads": 1, "seed": 0}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -38,6 +39,8 @@ class Settings:
 
     Attributes:
         chunk: tokens read at a time by the `stream` strategy.
+        window: tokens of a window of `map-reduce`; `None` takes what measured best and fits the positions.
+        query: a question to answer instead of a summary. style: the summary's shape. cite: give sources.
         max_tokens: the most new tokens; `None` lets the requested length decide.
         repetition_penalty: how strongly tokens that the summary already has are discouraged; 1 is not at all.
         template: `auto`, `chat`, `completion`, or the path of a YAML template.
@@ -54,11 +57,15 @@ class Settings:
     kv_bits: int = 16
     strategy: str = "auto"
     chunk: int = 512
+    window: int | None = None
     max_tokens: int | None = None
     sentences: int | None = None
     words: int | None = None
     template: str = "auto"
     instruction: str | None = None
+    query: str | None = None
+    style: str | None = None
+    cite: bool = False
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
@@ -73,7 +80,9 @@ class Settings:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(f"{name} {value!r} is unknown", f"use one of {', '.join(map(str, choices))}")
+                raise ConfigError(
+                    f"{name} {value!r} is unknown", f"use one of {', '.join(str(c) for c in choices if c is not None)}"
+                )
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

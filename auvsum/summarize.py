@@ -7,10 +7,11 @@ Text lives in this file and above; below it there are only token ids and tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from auvsum import strategies
 from auvsum._version import __version__
 from auvsum.budget import SENSIBLE_SLOTS, ResolvedBudget, parse_budget, resolve
 from auvsum.cache.policy import Policy, make_policy
@@ -19,10 +20,13 @@ from auvsum.config import Settings
 from auvsum.engine.generate import Engine, Request
 from auvsum.engine.memory import free_bytes
 from auvsum.engine.models import LoadedModel, load
+from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
-from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentTooLong, PolicyError
+from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, PolicyError
 from auvsum.events import Event, Finished, Prefilled, Token
+from auvsum.text.citations import Citations, cite
 from auvsum.text.prompts import Prompt, build_prompt, truncate_document
+from auvsum.text.styles import shaped
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class Plan:
 
     Attributes:
         document_tokens: of the whole document, before any truncation. cut_tokens: how many of them are not read.
-        strategy: `single` (one pass over the prompt) or `stream` (chunks over the budgeted cache).
+        strategy: `single`, `stream` or `map-reduce`: see `strategies.py`. The budget of `map-reduce` is a window's.
         policy: the policy that runs; `full` when the budget is `auto` and the full cache fits.
+        parts: how the prompt is read when not at the positions of its tokens.
     """
 
     prompt: Prompt
@@ -43,6 +48,7 @@ class Plan:
     policy: Policy
     budget: ResolvedBudget
     warnings: tuple[str, ...]
+    parts: tuple[Part, ...] = ()
 
     @property
     def layer_slots(self) -> list[int]:
@@ -71,11 +77,15 @@ class Summary:
     prefill_peak_bytes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    #: All tokens written; more than the summary's own where windows were summarized first.
+    generated_tokens: int = 0
+    citations: Citations | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Decoded tokens a second; the first token belongs to the prefill."""
-        return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+        tokens = self.generated_tokens or len(self.token_ids)
+        return (tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     def record(self) -> dict[str, Any]:
         """The document's record for `--format json`: see docs and `auvsum summarize --help`."""
@@ -91,7 +101,7 @@ class Summary:
             "tokens": {
                 "document": plan.document_tokens,
                 "prompt": plan.prompt_tokens,
-                "generated": len(self.token_ids),
+                "generated": self.generated_tokens or len(self.token_ids),
             },
             "budget": {
                 "asked": budget.asked,
@@ -106,6 +116,7 @@ class Summary:
                 "full_bytes": budget.full_bytes,
             },
             "warnings": list(self.warnings),
+            **(self.citations.record() if self.citations else {}),
             "time": {
                 "load_s": round(self.loaded.load_seconds, 3),
                 "prefill_s": round(self.prefill_seconds, 3),
@@ -173,27 +184,80 @@ class Summarizer:
             instruction=settings.instruction,
             sentences=settings.sentences,
             words=settings.words,
+            query=settings.query,
+            style=settings.style,
         )
         document_tokens = prompt.document[1] - prompt.document[0]
         max_new_tokens = settings.max_tokens or prompt.max_new_tokens
-        prompt, cut = self._within_positions(prompt, max_new_tokens)
+        strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
+        if strategy == "stream" and not self.policy.streams:
+            raise PolicyError(
+                f"policy {self.policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
+                "use --strategy single, or another policy (`auvsum policies` shows which)",
+            )
+        over = self._over(prompt, max_new_tokens)
+        if strategy != "single":
+            return self._plan_long(text, prompt, max_new_tokens, strategy, over)
+        cut = 0
+        if over:
+            prompt, cut = truncate_document(prompt, (self.loaded.max_positions or 0) - max_new_tokens)
         if cut:
             warnings.append(
                 f"the last {cut:,} of {document_tokens:,} document tokens were cut to fit the model's "
                 f"{self.loaded.max_positions:,} positions"
             )
         policy, budget = self._budget(len(prompt.ids), max_new_tokens)
-        if budget.never_binds and budget.asked != "auto" and policy.name != "full":
-            warnings.append(f"budget {budget.asked} never binds: nothing of {len(prompt.ids):,} tokens will be evicted")
-        elif budget.slots < SENSIBLE_SLOTS and not budget.never_binds:
-            warnings.append(f"budget {budget.asked} gives only {budget.slots} slots per layer: expect a poor summary")
-        strategy = "single" if settings.strategy == "auto" else settings.strategy
-        if strategy == "stream" and not policy.streams:
-            raise PolicyError(
-                f"policy {policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
-                "use --strategy single, or another policy (`auvsum policies` shows which)",
-            )
+        warnings += _budget_warnings(policy, budget)
         return Plan(prompt, document_tokens, cut, max_new_tokens, strategy, policy, budget, tuple(warnings))
+
+    def _plan_long(self, text: str, prompt: Prompt, max_new_tokens: int, strategy: str, over: bool) -> Plan:
+        """The plan of a document that is streamed, or read in windows."""
+        settings, loaded = self.settings, self.loaded
+        parts: tuple[Part, ...] = ()
+        if strategy == "map-reduce":
+            how = strategies.mapping(prompt, settings, loaded, max_new_tokens)
+            number = len(strategies.cut_windows(text, how.room, loaded.tokenizer))
+            warnings = strategies.explain(strategy, prompt, loaded, settings, number)
+            frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
+            policy, budget = self._budget(min(len(prompt.ids), how.room + frame), max_new_tokens)
+        elif over:
+            policy = strategies.must_evict(self.policy)
+            most = strategies.stream_slots(loaded, settings.chunk, max_new_tokens)
+            budget = self._resolve(policy, len(prompt.ids), max_new_tokens, most)
+            parts, warning = strategies.stream_parts(prompt, max_new_tokens, settings.chunk, loaded, policy, budget)
+            warnings = [warning]
+        else:
+            policy, budget = self._budget(len(prompt.ids), max_new_tokens)
+            warnings = []
+        warnings += _budget_warnings(policy, budget)
+        tokens = prompt.document[1] - prompt.document[0]
+        return Plan(prompt, tokens, 0, max_new_tokens, strategy, policy, budget, tuple(warnings), parts)
+
+    def with_settings(self, settings: Settings) -> Summarizer:
+        """The same model with other settings."""
+        return Summarizer(self.loaded, settings)
+
+    def engine(self, plan: Plan, batch_size: int = 1) -> Engine:
+        """The engine for documents planned like this one."""
+        settings = self.settings
+        return Engine(
+            self.loaded.model,
+            plan.policy,
+            eos_ids=self.loaded.eos_ids,
+            chunk=settings.chunk if plan.strategy == "stream" else None,
+            batch_size=batch_size,
+            sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
+        )
+
+    @staticmethod
+    def request(plan: Plan) -> Request:
+        """A planned document as the engine reads it."""
+        return Request(plan.prompt.ids, plan.budget.slots, plan.max_new_tokens, plan.parts)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """What tokens say, without surrounding blanks."""
+        text: str = self.loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text.strip()
 
     def summarize(
         self,
@@ -202,6 +266,7 @@ class Summarizer:
         plan: Plan | None = None,
         id: str = "document",
         source: str = "",
+        pages: Sequence[tuple[int, int]] = (),
         on_event: Callable[[Event], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Summary:
@@ -209,24 +274,46 @@ class Summarizer:
 
         Args:
             plan: the text's `plan()`, when it has been made already.
-            id, source: what the record calls the document.
+            id, source: what the record calls the document. pages: where its pages start, for citations.
             on_event: hears every engine event. on_text: hears the summary piece by piece as it is written.
 
         Raises:
             DocumentError: this document cannot be summarized. BudgetError: the budget is too small for it.
         """
         plan = plan or self.plan(text)
+        if self.settings.style and on_text:
+            # The shape of a summary is made when it is whole: it is heard then, and not piece by piece.
+            on_text, whole = None, on_text
+        else:
+            whole = None
+        if plan.strategy == "map-reduce":
+            summary = strategies.map_reduce(self, text, plan, on_event=on_event, on_text=on_text)
+            summary.id, summary.source, summary.plan, summary.settings = id, source, plan, self.settings
+            summary.warnings[:0] = [warning for warning in plan.warnings if warning not in summary.warnings]
+        else:
+            summary = self._write(plan, id, source, on_event, on_text)
+        summary.text = shaped(summary.text, self.settings.style)
+        if whole:
+            whole(summary.text)
+        if self.settings.cite:
+            summary.citations = cite(summary.text, text, pages)
+            summary.warnings += summary.citations.warnings()
+        return summary
+
+    def _write(
+        self,
+        plan: Plan,
+        id: str,
+        source: str,
+        on_event: Callable[[Event], None] | None,
+        on_text: Callable[[str], None] | None,
+    ) -> Summary:
+        """One prompt and its continuation."""
         settings = self.settings
-        engine = Engine(
-            self.loaded.model,
-            plan.policy,
-            eos_ids=self.loaded.eos_ids,
-            chunk=settings.chunk if plan.strategy == "stream" else None,
-            sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
-        )
+        engine = self.engine(plan)
         summary = Summary(id, source, "", plan, settings, self.loaded, warnings=list(plan.warnings))
         pieces = _Pieces(self.loaded.tokenizer)
-        for event in engine.run([Request(plan.prompt.ids, plan.budget.slots, plan.max_new_tokens)]):
+        for event in engine.run([self.request(plan)]):
             if on_event:
                 on_event(event)
             if isinstance(event, Prefilled):
@@ -264,45 +351,17 @@ class Summarizer:
             "settings": {"seed": settings.seed, "version": __version__},
         }
 
-    def _within_positions(self, prompt: Prompt, max_new_tokens: int) -> tuple[Prompt, int]:
-        """The prompt, cut when that is allowed and needed, and how many tokens were cut."""
+    def _over(self, prompt: Prompt, max_new_tokens: int) -> bool:
+        """Whether the prompt and its summary need more positions than the model has."""
         limit = self.loaded.max_positions
-        if limit is None or len(prompt.ids) + max_new_tokens <= limit:
-            return prompt, 0
-        if not self.settings.truncate:
-            raise DocumentTooLong(
-                f"the document needs {len(prompt.ids):,} tokens to read and {max_new_tokens} to write, "
-                f"but {self.loaded.name} has {limit:,} positions",
-                "--truncate reads only as much of its beginning as fits",
-            )
-        return truncate_document(prompt, limit - max_new_tokens)
+        return limit is not None and len(prompt.ids) + max_new_tokens > limit
 
     def _budget(self, prompt_tokens: int, max_new_tokens: int) -> tuple[Policy, ResolvedBudget]:
         """The policy that runs and its budget: `auto` means the full cache when there is room for it."""
-        settings = self.settings
-        budget = parse_budget(settings.budget, settings.budget_scope)
-        shape, free = self.loaded.shape, free_bytes(self.loaded.device)
-
-        vector = {"kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "element_bytes": shape.element_bytes}
-        windows = 0
-        for window in shape.windows:
-            cost = SlidingWindow(window).slot_cost(**vector)
-            windows += cost.fixed + window * cost.per_slot
+        budget = parse_budget(self.settings.budget, self.settings.budget_scope)
 
         def resolved(policy: Policy) -> ResolvedBudget:
-            cost = policy.slot_cost(**vector)
-            return resolve(
-                budget,
-                shape=shape,
-                cost=cost,
-                prompt_tokens=prompt_tokens,
-                max_new_tokens=max_new_tokens,
-                least_slots=policy.least_slots,
-                slots_to_hold=policy.slots_to_hold,
-                paper_slots=policy.paper_slots,
-                free_bytes=free,
-                window_bytes=windows,
-            )
+            return self._resolve(policy, prompt_tokens, max_new_tokens)
 
         full = self.policy if self.policy.name == "full" else make_policy("full")
         if budget.kind == "auto" or self.policy.name == "full":
@@ -315,6 +374,39 @@ class Summarizer:
                     "use --policy auv, which evicts, or --budget auto",
                 )
         return self.policy, resolved(self.policy)
+
+    def _resolve(
+        self, policy: Policy, prompt_tokens: int, max_new_tokens: int, most_slots: int | None = None
+    ) -> ResolvedBudget:
+        """The budget asked for, in slots of a policy."""
+        shape = self.loaded.shape
+        vector = {"kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "element_bytes": shape.element_bytes}
+        windows = 0
+        for window in shape.windows:
+            cost = SlidingWindow(window).slot_cost(**vector)
+            windows += cost.fixed + window * cost.per_slot
+        return resolve(
+            parse_budget(self.settings.budget, self.settings.budget_scope),
+            shape=shape,
+            cost=policy.slot_cost(**vector),
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            least_slots=policy.least_slots,
+            slots_to_hold=policy.slots_to_hold,
+            paper_slots=policy.paper_slots,
+            free_bytes=free_bytes(self.loaded.device),
+            window_bytes=windows,
+            most_slots=most_slots,
+        )
+
+
+def _budget_warnings(policy: Policy, budget: ResolvedBudget) -> list[str]:
+    """What a budget means that people may not expect."""
+    if budget.never_binds and budget.asked != "auto" and policy.name != "full":
+        return [f"budget {budget.asked} never binds: nothing of {budget.prompt_tokens:,} tokens will be evicted"]
+    if budget.slots < SENSIBLE_SLOTS and not budget.never_binds:
+        return [f"budget {budget.asked} gives only {budget.slots} slots per layer: expect a poor summary"]
+    return []
 
 
 def _policy(settings: Settings) -> Policy:

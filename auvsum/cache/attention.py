@@ -15,12 +15,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from auvsum.cache.sliding import attend_window
+from auvsum.cache.store import Held
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
 if TYPE_CHECKING:
     from auvsum.cache.cache import LayerCache
-    from auvsum.cache.store import Held
+    from auvsum.cache.policy import Policy
 
 NAME = "auvsum"
 
@@ -88,22 +89,26 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
     """One row's chunk: attend, observe, choose, fill. Returns `[T, H, D]`."""
     store = layer.store
     held = hold(layer, row, key, value)
-    keys, values, past_valid = held.key[None], held.value[None], None
     past = held.size - held.chunk
     if layer.window is not None:
+        keys, values = held.key[None], held.value[None]
         out = attend_window(query, keys, values, scale, past, layer.window)
         layer.count_prefill(keys, values, key, value)
         store.fill(row, held, layer.policy.choose(held, int(store.capacity[row])))
         return out[0].transpose(0, 1)
     folded = store.reconstructed(row)
+    position = layer.compact.get(row)
+    placed = held.key if position is None else layer.rotary.place(held, position)
+    keys, values, past_valid = placed[None], held.value[None], None
     if folded is not None:
-        keys = torch.cat([folded[0][None], keys], 2)
+        mean = folded[0] if position is None else layer.rotary.place_mean(folded[0], past, position)
+        keys = torch.cat([mean[None], keys], 2)
         values = torch.cat([folded[1][None], values], 2)
         if not bool(folded[2].all()):
             past_valid = torch.cat([folded[2], folded[2].new_ones((keys.shape[1], past))], 1)
         past += 1
     out, seen = attend_chunk(query, keys, values, scale, past, past_valid)
-    layer.count_prefill(keys, values, key, value)
+    layer.count_prefill(keys, values, key, value, held.key)
     choose_and_fill(layer, row, held, seen)
     return out[0].transpose(0, 1)
 
@@ -125,11 +130,24 @@ def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttentio
     """After a row's chunk has been attended to: the policy observes and chooses, and the store is filled."""
     store, policy = layer.store, layer.policy
     policy.observe_chunk(seen, held, store, row)
-    keep = policy.choose(held, int(store.capacity[row]))
+    share = layer.share.pop(row, None)
+    keep = policy.choose(held, int(store.capacity[row])) if share is None else _choose_share(policy, held, share)
     if keep is not None and store.reconstruct:
         evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)
         store.fold(row, held.key, held.value, evicted)
     store.fill(row, held, keep)
+
+
+def _choose_share(policy: Policy, held: Held, share: int) -> Tensor | None:
+    """What was held stays; of the new tokens the policy keeps its choice among them alone, as in `share` slots."""
+    past = held.size - held.chunk
+    state = {name: values[:, past:] for name, values in held.state.items()}
+    new = Held(held.key[:, past:], held.value[:, past:], held.positions[:, past:], state, held.chunk)
+    chosen = policy.choose(new, share)
+    if chosen is None:
+        return None
+    old = torch.arange(past, device=chosen.device).expand(chosen.shape[0], past)
+    return torch.cat([old, chosen + past], 1)
 
 
 def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

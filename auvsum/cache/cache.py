@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from auvsum.cache import attention
 from auvsum.cache.policy import Policy, make_policy
+from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import SlidingWindow, layer_windows
 from auvsum.cache.store import SlotStore
 from auvsum.errors import PolicyError
@@ -35,6 +37,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     Attributes:
         row: the row that a prompt is being read into; None when the batch of the call is the batch of the cache.
         reads_prompt: whether a single query is a one-token prompt chunk rather than a decode step.
+        compact: rows whose positions count what is held, each with the position of its next token; their keys are
+            stored un-turned until `settle`, by the angles of `rotary`.
+        share: rows whose next part keeps at most that many slots beside what is held.
     """
 
     is_compileable = False
@@ -58,6 +63,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.batch = batch
         self.row: int | None = None
         self.reads_prompt = False
+        self.rotary = Rotary(torch.empty(0))
+        self.compact: dict[int, int] = {}
+        self.share: dict[int, int] = {}
         self.columns = 0
         self.row_slots: dict[int, tuple[int, bool]] = {}
         self.longest: dict[int, int] = {}
@@ -284,17 +292,29 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             message = f"policy {self.policy.name!r} needs at least {least} slots, not {slots}"
             raise PolicyError(message, f"give it {least} or more")
 
-    def begin(self, prompt_tokens: int, *, row: int = 0, slots: int | Sequence[int] | None = None) -> None:
+    def begin(
+        self,
+        prompt_tokens: int,
+        *,
+        row: int = 0,
+        slots: int | Sequence[int] | None = None,
+        rotary: Rotary | None = None,
+    ) -> None:
         """Declares a row's next prompt before its first chunk.
 
         Args:
             prompt_tokens: N_max of eq. 2; without this call, the length of the first chunk.
             slots: the row's own budget, at most the cache's: slots a layer, or one number a layer.
+            rotary: the model's angles, when the row's positions are to count only what is held.
         """
         one = slots is None or isinstance(slots, int)
         per_layer = [slots] * len(self.layers) if slots is None or isinstance(slots, int) else slots
         for layer, number in zip(self.layers, per_layer, strict=True):
             layer.longest[row] = prompt_tokens
+            layer.share.pop(row, None)
+            layer.compact.pop(row, None)
+            if rotary is not None:
+                layer.rotary, layer.compact[row] = rotary, 0
             if number is not None and layer.window is None:
                 layer.row_slots[row] = (number, not one)
             if layer.is_initialized:
@@ -310,6 +330,36 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         finally:
             for layer in self.layers:
                 layer.row, layer.reads_prompt = None, False
+
+    def next_part(self, row: int, share: int | None) -> int:
+        """Announces a part of a row's prompt that is read behind what is held, or keeps a share of its own.
+
+        Returns:
+            the position of its first token where positions count what is held. Layers may hold different numbers of
+            tokens: the longest decides, the others leave their first positions out.
+        """
+        held = max(layer.store.live(row) if layer.is_initialized and row not in layer.unread else 0
+                   for layer in self.layers)  # fmt: skip
+        for layer in self.layers:
+            if row in layer.compact:
+                layer.compact[row] = held
+            if share is not None:
+                layer.share[row] = share
+        return held
+
+    def settle(self, row: int) -> int | None:
+        """Ends the prompt of a row whose positions count what is held: its keys are turned to them once and for all.
+
+        Returns:
+            the position of the first token that is written; None for a row with positions of the document.
+        """
+        if row not in self.layers[0].compact:
+            return None
+        position = self.next_part(row, None)
+        for layer in self.layers:
+            layer.store.turn(row, layer.rotary, position)
+            del layer.compact[row]
+        return position
 
     def set_active(self, row: int, active: bool) -> None:
         """Whether a row takes part in decoding; what a row that does not take part holds means nothing."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from auvsum.cache.codec import Codec
+from auvsum.cache.rotary import Rotary
 
 _NO_POSITION = -1
 
@@ -166,6 +167,18 @@ class SlotStore:
             values[row, :, :kept] = held.state[name] if keep is None else held.state[name].gather(1, keep)
         self.pointer[row] = kept
         self.seen[row] += held.chunk
+
+    def turn(self, row: int, rotary: Rotary, position: int) -> None:
+        """Turns a row's un-turned keys to the positions just before `position`, in their order."""
+        live = self.live(row)
+        order = self._by_position(row, live)
+        places = torch.zeros_like(self.positions[row])
+        ranks = torch.arange(position - live, position, dtype=places.dtype, device=places.device)
+        places.scatter_(1, order, ranks.expand_as(order))
+        if self.reconstruct:
+            places[:, self.slots] = position - 1 - live // 2
+            self.folded_key[row] = rotary.turn(self.folded_key[row][:, None], places[:, self.slots :])[:, 0]
+        self.codec.encode(self.keys, (row,), rotary.turn(self.codec.decode(self.keys, row), places))
 
     # -- one token a row ----------------------------------------------------------------------------------------------
 

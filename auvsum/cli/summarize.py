@@ -25,6 +25,7 @@ _SETTING_FLAGS = (
     *("model", "policy", "budget", "budget_scope", "kv_bits", "strategy", "chunk", "max_tokens", "sentences", "words"),
     *("template", "instruction", "device", "dtype", "threads", "temperature", "top_p"),
     *("repetition_penalty", "seed", "truncate", "download"),
+    *("query", "style", "cite", "window"),
 )
 
 
@@ -34,6 +35,10 @@ def command(
     sentences: options.Sentences = None,
     words: options.Words = None,
     instruction: options.Instruction = None,
+    query: options.Query = None,
+    style: options.Style = None,
+    cite: options.Cite = None,
+    pages: options.Pages = None,
     template: options.Template = None,
     max_tokens: options.MaxTokens = None,
     truncate: options.Truncate = None,
@@ -45,6 +50,7 @@ def command(
     kv_bits: options.KvBits = None,
     strategy: options.Strategy = None,
     chunk: options.Chunk = None,
+    window: options.Window = None,
     model: options.Model = None,
     download: options.Download = None,
     device: options.Device = None,
@@ -83,7 +89,7 @@ def command(
         for name, origin in origins.items():
             if origin != "default":
                 console.detail(f"{name} = {getattr(settings, name)!r} ({origin})")
-        return _Run(console, settings, format is options.Format.json, dry_run).all(files, encoding)
+        return _Run(console, settings, format is options.Format.json, dry_run).all(files, encoding, pages)
 
     return guarded(console, work)
 
@@ -99,7 +105,7 @@ class _Run:
         self._model: Summarizer | None = None
         self._written = False
 
-    def all(self, files: list[str], encoding: str | None) -> int:
+    def all(self, files: list[str], encoding: str | None, pages: str | None = None) -> int:
         """Every document in order.
 
         Returns:
@@ -111,7 +117,7 @@ class _Run:
         codes = []
         for file in files:
             try:
-                document = read_document(file, encoding=encoding)
+                document = read_document(file, encoding=encoding, pages=pages)
                 for warning in document.warnings:
                     self._console.warn(warning)
                 if self._dry_run:
@@ -150,7 +156,12 @@ class _Run:
         out = _Output(self._console, document.id, title, self._console.stdout_is_terminal and not self._json)
         try:
             summary = model.summarize(
-                document.text, id=document.id, source=document.source, on_event=out.event, on_text=out.text
+                document.text,
+                id=document.id,
+                source=document.source,
+                pages=document.pages,
+                on_event=out.event,
+                on_text=out.text,
             )
         finally:
             out.close()
@@ -160,6 +171,8 @@ class _Run:
             self._console.write(_json(record))
         elif not out.live:
             self._console.write(f"{title}{summary.text.strip()}\n")
+        if record.get("citations") and not self._json:
+            self._console.write(sources(record["citations"]))
         self._written = True
         for warning in summary.warnings:
             self._console.warn(f"{document.id}: {warning}")
@@ -221,6 +234,19 @@ class _Output:
         self._bar.stop()
         if self._started:
             self._console.write("\n")
+
+
+def sources(citations: list[dict[str, Any]]) -> str:
+    """Where each sentence comes from, one line each: `[2] page 4: "..."`."""
+    lines = []
+    for number, cited in enumerate(citations, 1):
+        source = cited["source"]
+        if source is None:
+            lines.append(f"[{number}] no passage of the document says this")
+            continue
+        place = f"page {source['page']}" if source["page"] is not None else f"line {source['line']}"
+        lines.append(f'[{number}] {place}: "{source["text"]}"')
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def cost_line(record: dict[str, Any]) -> str:

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import Policy
+from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
+from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
-from auvsum.errors import GenerationFailed
+from auvsum.errors import GenerationFailed, PolicyError
 from auvsum.events import Event, Finished, FinishReason, Prefilled, PrefillProgress, Token
 
 
@@ -33,11 +35,18 @@ class Request:
         ids: the whole prompt.
         slots: slots per layer, which the policy may share out unevenly, or one number a layer.
         max_new_tokens: at most this many are written.
+        parts: how the prompt is read when not at the positions of its tokens: see `engine/parts.py`.
     """
 
     ids: Sequence[int]
     slots: int | Sequence[int]
     max_new_tokens: int
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def compact(self) -> bool:
+        """Whether positions count what is held."""
+        return any(part.position is None for part in self.parts)
 
 
 @dataclass
@@ -47,6 +56,8 @@ class _Row:
     index: int
     request: Request
     generator: torch.Generator | None
+    #: Position of the first token that is written.
+    position: int
     written: list[int] = field(default_factory=list)
     started: float = 0.0
 
@@ -109,14 +120,18 @@ class Engine:
             raise GenerationFailed("the prompt is empty", "give it a document")
         start = time.perf_counter()
         total = len(request.ids)
-        cache.begin(total, row=number, slots=request.slots)
-        logits = torch.empty(0)
-        for done in range(0, total, self.chunk or total):
-            ids = request.ids[done : done + (self.chunk or total)]
-            logits = self._read(cache, number, ids, done)
-            yield PrefillProgress(index, done + len(ids), total)
+        rotary = self._rotary() if request.compact else None
+        cache.begin(total, row=number, slots=request.slots, rotary=rotary)
+        logits, position = torch.empty(0), 0
+        for part in request.parts or chunks(total, self.chunk):
+            held = cache.next_part(number, part.share) if request.parts else 0
+            position = held if part.position is None else part.position
+            logits = self._read(cache, number, request.ids[part.start : part.end], position)
+            position += part.end - part.start
+            yield PrefillProgress(index, part.end, total)
+        settled = cache.settle(number)
         generator = self.sampling.generator(index, self.device) if self.sampling.temperature else None
-        row = _Row(index, request, generator)
+        row = _Row(index, request, generator, position if settled is None else settled)
         first = self._draw(row, logits)
         row.started = time.perf_counter()
         yield Prefilled(index, total, row.started - start, cache.prefill_peak_bytes)
@@ -125,7 +140,7 @@ class Engine:
     def _advance(self, cache: BudgetedCache, rows: list[_Row | None]) -> Iterator[Event]:
         """One decode step for all rows."""
         tokens = [row.written[-1] if row else 0 for row in rows]
-        positions = [len(row.request.ids) + len(row.written) - 1 if row else 0 for row in rows]
+        positions = [row.position + len(row.written) - 1 if row else 0 for row in rows]
         logits = self._step(cache, tokens, positions)
         for number, row in enumerate(rows):
             if row is not None:
@@ -176,6 +191,15 @@ class Engine:
         )
         logits: Tensor = out.logits[:, -1]
         return logits
+
+    def _rotary(self) -> Rotary:
+        slides = any(window is not None for window in layer_windows(self.model.config))
+        rotary = None if slides else Rotary.of(self.model)
+        if rotary is None:
+            raise PolicyError(
+                "the positions of this model cannot be given anew", "use --strategy map-reduce for a long document"
+            )
+        return rotary
 
     # -- memory -------------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from auvsum.errors import DocumentTooLong, TemplateError
+from auvsum.text import styles
 from auvsum.text.templates import Template, load_template
 
 #: Stands for the document while a chat template is rendered; letters only, so that no template changes it.
 _SENTINEL = "AUVSUMxDOCUMENTxGOESxHERE"
 _TOKENS_PER_SENTENCE = 40
+#: Characters that are tokenized at a time, of texts longer than twice that; and of the trial that it changes nothing.
+_PIECE = 2**20
+_TRIAL = 2000
+_BLANK_IN_WORDS = re.compile(r"(?<=[a-z]) (?=[a-z])")
 _TOKENS_PER_WORD = 1.6
 
 
@@ -44,6 +49,8 @@ def build_prompt(
     instruction: str | None = None,
     sentences: int | None = None,
     words: int | None = None,
+    query: str | None = None,
+    style: str | None = None,
 ) -> Prompt:
     """Puts a document to a model.
 
@@ -51,6 +58,8 @@ def build_prompt(
         tokenizer: a transformers tokenizer.
         template: `chat`, `completion`, `auto` (chat where the tokenizer has a chat template), or a YAML file.
         instruction: what to ask for, instead of the template's own instruction.
+        query: a question, which is asked in place of an instruction.
+        style: `paragraph` or `bullets`, which a chat model is asked for.
 
     Raises:
         TemplateError: the template is not to be had, or does not fit the tokenizer.
@@ -58,7 +67,12 @@ def build_prompt(
     if template == "auto":
         template = "chat" if getattr(tokenizer, "chat_template", None) else "completion"
     form = load_template(template)
-    before, after = form.frame(form.ask(instruction, sentences, words))
+    asked = form.ask(styles.question(query) if query and instruction is None else instruction, sentences, words)
+    if query and instruction is not None:
+        asked = f"{asked} {styles.question(query)}"
+    if form.kind == "chat":
+        asked += styles.ASKED[style]
+    before, after = form.frame(asked)
     if form.kind == "chat":
         before, after = _render_chat(tokenizer, form.system, before, after)
         head = _encode(tokenizer, before)
@@ -142,6 +156,9 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _encode_data(tokenizer: Any, text: str) -> list[int]:
     """Text of the document: nothing in it is a control token."""
+    pieces = safe_pieces(tokenizer, text)
+    if len(pieces) > 1:
+        return [i for piece in pieces for i in _encode_data(tokenizer, piece)]
     ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
     control = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special and str(t) in text}
     if control.keys().isdisjoint(ids):
@@ -149,6 +166,30 @@ def _encode_data(tokenizer: Any, text: str) -> list[int]:
     # A tokenizer that ignores `split_special_tokens`: hand it each such token in two parts.
     cuts = re.compile("|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in control.values() if len(t) > 1))
     return [i for part in cuts.split(text) for i in tokenizer.encode(part, add_special_tokens=False, verbose=False)]
+
+
+def safe_pieces(tokenizer: Any, text: str) -> list[str]:
+    """A long text in pieces that tokenize by themselves as they do together, so that no step holds much of it.
+
+    Byte-pair tokenizers look at a word with the blank before it: a cut there changes nothing. Tokenizers that treat the
+    start of a text in a way of their own are found out by a trial on the text itself, which then stays whole.
+    """
+    if len(text) <= 2 * _PIECE:
+        return [text]
+    pieces, start = [], 0
+    while len(text) - start > 2 * _PIECE:
+        cut = next((m.start() for m in _BLANK_IN_WORDS.finditer(text, start + _PIECE, start + 2 * _PIECE)), -1)
+        if cut < 0:
+            return [text]
+        pieces.append(text[start:cut])
+        start = cut
+    pieces.append(text[start:])
+    left, right = pieces[0][-_TRIAL:], pieces[1][:_TRIAL]
+
+    def encoded(part: str) -> list[int]:
+        return list(tokenizer.encode(part, add_special_tokens=False, verbose=False))
+
+    return pieces if encoded(left) + encoded(right) == encoded(left + right) else [text]
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

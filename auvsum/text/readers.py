@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
+import bisect
 import difflib
+import mmap
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +15,19 @@ from auvsum.errors import (
     ConfigError,
     DocumentBinary,
     DocumentEmpty,
-    DocumentEncoding,
     DocumentNotFound,
     DocumentUnreadable,
 )
+from auvsum.text import formats
+from auvsum.text.decoding import MARKS, Data, check_encoding, decode
+from auvsum.text.normalize import join_hyphens, normalize
 
-#: Byte order marks, the longer first: UTF-32 LE starts with the mark of UTF-16 LE.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+#: From this size on a file is mapped rather than read: its bytes then never count beside its text. (Below it, a file
+#: that another program cuts short while it is read is merely short; a mapped one would end the process.)
+_MAPPED = 64 * 2**20
+_PAGE_RANGE = re.compile(r"\s*(\d+)?\s*(-)?\s*(\d+)?\s*")
+_MOST_PAGES = 1_000_000
 _MAGIC = (
-    (b"%PDF-", "a PDF document"),
     (b"\x89PNG\r\n\x1a\n", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"GIF87a", "a GIF image"),
@@ -46,32 +46,35 @@ _MAGIC = (
     (b"SQLite format 3\x00", "an SQLite database"),
 )
 _ZIP_CONTENTS = (
-    (b"word/", "a Word document (DOCX)"),
     (b"xl/", "an Excel workbook (XLSX)"),
     (b"ppt/", "a PowerPoint file (PPTX)"),
-    (b"application/epub+zip", "an EPUB book"),
     (b"application/vnd.oasis.opendocument", "an OpenDocument file"),
-)
-#: Encodings that documents are really in. Exotic pages of DOS and the old Mac fit nearly any bytes and win by luck.
-_GUESSES = (
-    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r"),
-    *("cp932", "euc_jp", "gb18030", "big5", "cp949"),
 )
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that has been read. `source` is the absolute path, or `-` for standard input; newlines are `\\n`."""
+    """A text that has been read. `source` is the absolute path, or `-` for standard input; newlines are `\\n`.
+
+    Attributes:
+        pages: where each page starts in the text, with the page's own number; empty for formats without pages.
+    """
 
     source: str
     text: str
     encoding: str
     warnings: tuple[str, ...] = ()
+    pages: tuple[tuple[int, int], ...] = ()
 
     @property
     def id(self) -> str:
         """The name that people see: the file's name, or `stdin`."""
         return document_id(self.source)
+
+    def page_at(self, offset: int) -> int | None:
+        """The number of the page that holds a character; None for formats without pages."""
+        at = bisect.bisect_right(self.pages, (offset, _MOST_PAGES + 1)) - 1
+        return self.pages[at][1] if at >= 0 else None
 
 
 def document_id(source: str) -> str:
@@ -79,34 +82,65 @@ def document_id(source: str) -> str:
     return "stdin" if source == "-" else Path(source).name
 
 
-def read_document(path: str | Path, *, encoding: str | None = None) -> Document:
-    """Reads one plain-text file, or standard input for `-`.
+def read_document(path: str | Path, *, encoding: str | None = None, pages: str | None = None) -> Document:
+    """Reads one file, or standard input for `-`: plain text, and with `auvsum[docs]` PDF, DOCX, HTML and EPUB.
 
     Args:
         encoding: decode with this and nothing else; by default byte order mark, then UTF-8, then a guess from the
             whole file, which adds a warning.
+        pages: of a PDF, only these: `10-40`, `7`, `1-3,9`, `12-`.
 
     Raises:
         DocumentError: missing, unreadable, binary, undecodable or empty.
-        ConfigError: `encoding` is not one that Python knows.
+        ConfigError: `encoding` is not one that Python knows, or `pages` are no pages.
     """
     name = str(path)
     if encoding is not None:
-        _check_encoding(encoding)
+        check_encoding(encoding)
+    wanted = None if pages is None else parse_pages(pages)
     data = sys.stdin.buffer.read() if name == "-" else _read_bytes(Path(name))
-    label = "stdin" if name == "-" else name
-    _refuse_binary(label, data, encoding)
-    text, used, warnings = _decode(label, data, encoding)
-    if "\x00" in text:
-        raise DocumentBinary(f"{label} is not text: it contains NUL bytes", "convert it to plain text first")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
+    label, source = ("stdin", "-") if name == "-" else (name, os.path.abspath(name))
+    kind = formats.detect(data, label)
+    if kind is not None:
+        found = formats.extract(kind, data[:], label, wanted, encoding)
+        document = Document(source, normalize(found.text), kind, found.warnings, found.pages)
+    else:
+        _refuse_binary(label, data, encoding)
+        if wanted is not None:
+            raise formats.no_pages(label, "plain text")
+        text, used, warnings = decode(label, data, encoding)
+        if "\x00" in text:
+            raise DocumentBinary(f"{label} is not text: it contains NUL bytes", "convert it to plain text first")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        document = Document(source, join_hyphens(normalize(text), eager=False), used, warnings)
+    if not document.text or document.text.isspace():
         raise DocumentEmpty(f"{label} is empty", "there is nothing to summarize")
-    return Document("-" if name == "-" else os.path.abspath(name), text, used, warnings)
+    return document
 
 
-def _read_bytes(path: Path) -> bytes:
+def parse_pages(text: str) -> list[int]:
+    """`1-3,9` -> [1, 2, 3, 9].
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = _PAGE_RANGE.fullmatch(part)
+        first, dash, last = match.groups() if match else (None, None, None)
+        start = int(first or 1)
+        end = int(last) if last else _MOST_PAGES if dash else start
+        if not (first or last) or (last and not dash) or not 1 <= start <= end <= _MOST_PAGES:
+            raise ConfigError(f"pages {text!r} are not understood", "for example --pages 10-40, 7, 1-3,9 or 12-")
+        numbers.update(range(start, end + 1))
+    return sorted(numbers)
+
+
+def _read_bytes(path: Path) -> Data:
     try:
+        if path.is_file() and path.stat().st_size >= _MAPPED:
+            with path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise DocumentNotFound(f"{path} does not exist", _nearest_name(path)) from error
@@ -129,15 +163,15 @@ def _nearest_name(path: Path) -> str:
     return f"did you mean {folder / near[0]}?" if near else "check the path"
 
 
-def _refuse_binary(label: str, data: bytes, encoding: str | None) -> None:
+def _refuse_binary(label: str, data: Data, encoding: str | None) -> None:
     """Names a known format by its first bytes; NUL bytes without a Unicode mark are not text either."""
     for magic, what in _MAGIC:
-        if data.startswith(magic):
+        if data[: len(magic)] == magic:
             raise _binary(label, what)
-    if data.startswith(b"PK\x03\x04"):
-        raise _binary(label, next((what for mark, what in _ZIP_CONTENTS if mark in data), "a ZIP archive"))
-    marked = any(data.startswith(mark) for mark, _ in _MARKS)
-    if encoding is None and not marked and b"\x00" in data:
+    if data[:4] == b"PK\x03\x04":
+        raise _binary(label, next((what for mark, what in _ZIP_CONTENTS if data.find(mark) >= 0), "a ZIP archive"))
+    marked = any(data[: len(mark)] == mark for mark, _ in MARKS)
+    if encoding is None and not marked and data.find(b"\x00") >= 0:
         raise DocumentBinary(
             f"{label} is not text: it contains NUL bytes",
             "convert it to plain text first; if it is UTF-16 without a mark, say --encoding utf-16-le",
@@ -146,46 +180,3 @@ def _refuse_binary(label: str, data: bytes, encoding: str | None) -> None:
 
 def _binary(label: str, what: str) -> DocumentBinary:
     return DocumentBinary(f"{label} is {what}, which is not supported yet", "convert it to plain text (.txt) first")
-
-
-def _check_encoding(encoding: str) -> None:
-    try:
-        "".encode(encoding)
-    except LookupError as error:
-        raise ConfigError(f"encoding {encoding!r} is unknown", "for example utf-8, latin-1 or cp1252") from error
-
-
-def _decode(label: str, data: bytes, encoding: str | None) -> tuple[str, str, tuple[str, ...]]:
-    """-> text, encoding used, warnings."""
-    marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
-    certain = encoding or marked or "utf-8"
-    try:
-        return data.decode(certain), certain, ()
-    except UnicodeError as error:
-        if encoding or marked:
-            start = getattr(error, "start", 0)
-            raise DocumentEncoding(
-                f"{label} is not {certain}: byte {start:,} cannot be decoded",
-                "leave --encoding away to have it guessed, or name another" if encoding else "say --encoding",
-            ) from error
-    found = _guess(data)
-    if found is None:
-        raise DocumentBinary(f"{label} is not text in any known encoding", "convert it to UTF-8, or say --encoding")
-    guess = f"{label} is not UTF-8; read as {found[1]} by guess (--encoding says otherwise)"
-    return *found, (guess,)
-
-
-def _guess(data: bytes) -> tuple[str, str] | None:
-    """-> text and encoding, guessed from all of the bytes, so that one accent on the last page counts."""
-    from charset_normalizer import from_bytes
-
-    matches = list(from_bytes(data, steps=max(5, len(data) // 4096), chunk_size=4096, cp_isolation=list(_GUESSES)))
-    if not matches:
-        return None
-    best = matches[0]
-    if best.encoding == "cp1250":
-        # Western text fits the Central European page as well; the detector lists that one first, whatever the language.
-        western = [m for m in matches if "cp1252" in m.could_be_from_charset and m.coherence >= best.coherence]
-        if western:
-            return data.decode("cp1252"), "cp1252"
-    return str(best), best.encoding

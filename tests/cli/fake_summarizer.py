@@ -45,7 +45,14 @@ class Summarizer:
         )
 
     def summarize(
-        self, text: str, *, id: str, source: str, on_event: Callable[[Event], None], on_text: Callable[[str], None]
+        self,
+        text: str,
+        *,
+        id: str,
+        source: str,
+        pages: Any = (),
+        on_event: Callable[[Event], None],
+        on_text: Callable[[str], None],
     ) -> SimpleNamespace:
         for done in range(512, 5214, 512):
             on_event(PrefillProgress(0, done, 5214))

@@ -55,7 +55,7 @@ def test_flags(cli: Any, one_line: Callable[[str], None], arguments: list[str], 
         (None, "does not exist"),
         (b"", "is empty"),
         (b" \n ", "is empty"),
-        (b"%PDF-1.7", "is a PDF document"),
+        (b"%PDF-1.7", "is damaged or cut short"),
         (b"a\x00b", "NUL bytes"),
     ],
 )

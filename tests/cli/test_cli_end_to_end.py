@@ -94,10 +94,14 @@ def test_dry_run_writes_nothing(cli: Any, models: dict[str, str]) -> None:
 
 def test_document_beyond_the_positions(cli: Any, models: dict[str, str]) -> None:
     long = SENTENCE * 40
-    result = summarize(cli, models["opt"], document=long)
+    result = summarize(cli, models["opt"], "--strategy", "single", document=long)
     assert (result.code, result.out) == (1, b"")
     assert "512 positions" in result.err
-    assert "hint: --truncate" in result.err
+    assert "hint: " in result.err
+    assert "--truncate" in result.err
+    result = summarize(cli, models["opt"], document=long)
+    assert result.code == 0, result.err
+    assert "auto chose it" in result.err
     result = summarize(cli, models["opt"], "--truncate", "--format", "json", document=long)
     assert result.code == 0, result.err
     record = json.loads(result.out)
@@ -163,7 +167,7 @@ def test_one_bad_file_among_good_ones(cli: Any, models: dict[str, str]) -> None:
         record, end = decoder.raw_decode(text.lstrip())
         records.append(record)
         text = text.lstrip()[end:]
-    assert [record["error"] and record["error"]["kind"] for record in records] == [None, "document-binary", None]
+    assert [record["error"] and record["error"]["kind"] for record in records] == [None, "document-unreadable", None]
 
 
 def test_doctor(cli: Any) -> None:
@@ -196,3 +200,14 @@ def test_models(cli: Any, models: dict[str, str], one_line: Any) -> None:
         result = cli.inside("models", *arguments)
         assert (result.code, result.out) == (3, b"")
         one_line(result.err)
+
+
+def test_sources_and_pages(cli: Any, models: dict[str, str]) -> None:
+    result = summarize(cli, models["llama"], "--cite", "--style", "bullets", "--query", "what was built")
+    assert result.code == 0, result.err
+    assert result.text.startswith("- ")
+    assert "\n[1] " in result.text
+    cli.write("report.pdf", (Path(__file__).parents[2] / "samples" / "money-bail.pdf").read_bytes())
+    command = ("summarize", "report.pdf", "--model", models["llama"], "--dry-run", "--format", "json")
+    few, all_ = (json.loads(cli.inside(*command, *more).out)["tokens"] for more in (("--pages", "2"), ()))
+    assert 0 < few["document"] < all_["document"] / 3

@@ -1,0 +1,132 @@
+"""Documents past the positions, with tiny models: every strategy reads all of them, and says what it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from auvsum.errors import BudgetError, DocumentTooLong, PolicyError
+from auvsum.events import Event, PrefillProgress
+from auvsum.summarize import Summarizer
+from tests import checkpoints
+
+#: About 60 tokens of the tiny tokenizers.
+SENTENCE = "The council met in the town hall and there it decided to build a bridge. "
+LONG = "\n\n".join(f"# Part {i}\n\n" + SENTENCE * 4 for i in range(1, 9))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "llama": str(checkpoints.llama(folder / "llama", max_position_embeddings=768)),
+        "opt": str(checkpoints.opt(folder / "opt", max_position_embeddings=768)),
+    }
+
+
+def summarizer(folder: str, **settings: Any) -> Summarizer:
+    settings = {"budget": "100", "max_tokens": 16, "chunk": 128, "dtype": "fp32", "device": "cpu", **settings}
+    return Summarizer.from_pretrained(folder, **settings)
+
+
+def test_auto_reads_long_documents_in_windows(folders: dict[str, str]) -> None:
+    model = summarizer(folders["llama"])
+    assert model.plan(SENTENCE).strategy == "single"
+    plan = model.plan(LONG)
+    assert (plan.strategy, plan.cut_tokens) == ("map-reduce", 0)
+    assert any("auto chose it" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("strategy", ["stream", "map-reduce"])
+def test_every_strategy_reads_all_of_a_long_document(family: str, strategy: str, folders: dict[str, str]) -> None:
+    model = summarizer(folders[family], strategy=strategy)
+    events: list[Event] = []
+    pieces: list[str] = []
+    summary = model.summarize(LONG, id="a", source="b", on_event=events.append, on_text=pieces.append)
+    record = summary.record()
+    limit = model.loaded.max_positions
+    assert limit is not None
+    assert (record["id"], record["source"], record["strategy"]) == ("a", "b", strategy)
+    assert record["truncated"] is False
+    assert record["tokens"]["document"] > 2 * limit
+    assert "".join(pieces).strip() == summary.text
+    assert record["warnings"]
+    progress = [event for event in events if isinstance(event, PrefillProgress)]
+    assert [event.done_tokens for event in progress if event.done_tokens == event.total_tokens]
+    if strategy == "stream":
+        assert any("approximation" in warning for warning in record["warnings"])
+        assert record["kv"]["peak_bytes"] < record["kv"]["full_bytes"] / 10
+        assert progress[-1].total_tokens == record["tokens"]["prompt"]
+    else:
+        assert record["tokens"]["generated"] > 16
+        assert any("windows" in warning for warning in record["warnings"])
+
+
+def test_the_summary_of_map_reduce_is_that_of_its_windows_summaries(folders: dict[str, str]) -> None:
+    """By hand: cut, summarize each window by itself, join under headings, summarize."""
+    from auvsum import strategies
+
+    model = summarizer(folders["llama"], strategy="map-reduce", window=500, budget="60%")
+    plan = model.plan(LONG)
+    how = strategies.mapping(plan.prompt, model.settings, model.loaded, plan.max_new_tokens)
+    windows = strategies.cut_windows(LONG, how.room, model.loaded.tokenizer)
+    assert len(windows) > 2
+    alone = summarizer(folders["llama"], strategy="single", budget="60%", max_tokens=how.max_new_tokens)
+    parts = [alone.summarize(window.text).text for window in windows]
+    joined = strategies._join(windows, parts)
+    assert joined.count("# Part") >= 2
+    assert model.summarize(LONG).text == alone.summarize(joined).text
+
+
+def test_single_refuses_and_truncate_cuts(folders: dict[str, str]) -> None:
+    with pytest.raises(DocumentTooLong, match="768 positions") as caught:
+        summarizer(folders["llama"], strategy="single").plan(LONG)
+    assert "--truncate" in caught.value.hint
+    plan = summarizer(folders["llama"], truncate=True).plan(LONG)
+    assert plan.strategy == "single"
+    assert plan.cut_tokens > 0
+
+
+def test_what_cannot_stream_says_so(folders: dict[str, str]) -> None:
+    with pytest.raises(PolicyError, match="full"):
+        summarizer(folders["llama"], strategy="stream", policy="full", budget="auto").plan(LONG)
+    with pytest.raises(BudgetError, match="windows share"):
+        summarizer(folders["opt"], strategy="stream", budget="6").plan(LONG)
+    with pytest.raises(BudgetError, match="chunk"):
+        summarizer(folders["llama"], strategy="stream", chunk=800).plan(LONG)
+    plan = summarizer(folders["llama"], strategy="stream", budget="auto").plan(LONG)
+    assert plan.policy.name == "auv"
+    assert plan.budget.slots + 128 <= 768
+
+
+def test_stream_within_the_positions_is_left_alone(folders: dict[str, str]) -> None:
+    plan = summarizer(folders["llama"], strategy="stream").plan(SENTENCE * 3)
+    assert (plan.strategy, plan.parts) == ("stream", ())
+
+
+def test_query_style_and_citations(folders: dict[str, str]) -> None:
+    model = summarizer(folders["llama"], query="what was built", style="bullets", cite=True)
+    plan = model.plan(SENTENCE)
+    assert "what was built?" in model.loaded.tokenizer.decode(plan.prompt.ids)
+    record = model.summarize(SENTENCE).record()
+    assert record["summary"] == "" or record["summary"].startswith("- ")
+    assert isinstance(record["citations"], list)
+    assert isinstance(record["unsupported"], list)
+    assert "citations" not in summarizer(folders["llama"]).summarize(SENTENCE).record()
+
+
+def test_a_long_text_tokenizes_in_pieces_as_it_does_whole(folders: dict[str, str], monkeypatch: Any) -> None:
+    from auvsum.text import prompts
+
+    tokenizer = summarizer(folders["llama"]).loaded.tokenizer
+    text = (Path(__file__).parents[2] / "samples" / "money-bail.txt").read_text(encoding="utf-8")
+    whole = prompts._encode_data(tokenizer, text)
+    monkeypatch.setattr(prompts, "_PIECE", 1000)
+    assert len(prompts.safe_pieces(tokenizer, text)) > 5
+    assert prompts._encode_data(tokenizer, text) == whole
+    # One that puts a mark before every text would change: it gets the text whole.
+    marking = type("Marking", (), {"encode": lambda self, part, **_: [0, *tokenizer.encode(part)]})()
+    assert prompts.safe_pieces(marking, text) == [text]
