@@ -7,9 +7,9 @@ Text lives in this file and above; below it there are only token ids and tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from auvsum._version import __version__
 from auvsum.budget import SENSIBLE_SLOTS, ResolvedBudget, parse_budget, resolve
@@ -19,9 +19,14 @@ from auvsum.engine.generate import Engine, Request
 from auvsum.engine.memory import free_bytes
 from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.sampling import Sampling
-from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentTooLong, PolicyError
-from auvsum.events import Event, Finished, Prefilled, Token
+from auvsum.errors import BudgetError, DocumentEmpty, DocumentTooLong, PolicyError
+from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, Token
 from auvsum.text.prompts import Prompt, build_prompt, truncate_document
+
+if TYPE_CHECKING:
+    from auvsum.batch import Failure
+    from auvsum.estimate import Rates
+    from auvsum.text.readers import Document
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ class Plan:
         """Tokens the model reads."""
         return len(self.prompt.ids)
 
+    @property
+    def engine_key(self) -> tuple[str, str]:
+        """Documents that agree in this can be written together by one engine."""
+        return self.policy.name, self.strategy
+
 
 @dataclass
 class Summary:
@@ -65,6 +75,7 @@ class Summary:
     prefill_peak_bytes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    batch_size: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,7 +86,8 @@ class Summary:
         """The document's record for `--format json`: see docs and `auvsum summarize --help`."""
         plan, budget = self.plan, self.plan.budget
         return {
-            **_record_head(self.id, self.source),
+            "id": self.id,
+            "source": self.source,
             "summary": self.text,
             "error": None,
             "model": self.loaded.name,
@@ -108,7 +120,7 @@ class Summary:
             "settings": {
                 "dtype": str(self.loaded.dtype).removeprefix("torch."),
                 "device": str(self.loaded.device),
-                "batch_size": 1,
+                "batch_size": self.batch_size,
                 "seed": self.settings.seed,
                 "version": __version__,
             },
@@ -128,6 +140,12 @@ class Summarizer:
         self.policy = make_policy(settings.policy, **settings.policy_options)
         if settings.kv_bits != 16:
             raise PolicyError(f"{settings.kv_bits}-bit slots are not supported", "leave --kv-bits at 16")
+
+    @property
+    def batch_size(self) -> int:
+        """Documents written together. `auto` is 1: a CPU gains little, and memory is the tighter."""
+        asked = self.settings.batch_size
+        return 1 if asked == "auto" else int(asked)
 
     @classmethod
     def from_pretrained(cls, model: str | None = None, **settings: Any) -> Summarizer:
@@ -204,53 +222,57 @@ class Summarizer:
             DocumentError: this document cannot be summarized. BudgetError: the budget is too small for it.
         """
         plan = self.plan(text)
+        writing = Writing(self, plan, id, source)
+        if on_event:
+            on_event(writing.started(0))
+        for event in self.engine(plan).run([writing.request]):
+            if on_event:
+                on_event(event)
+            piece = writing.hear(event)
+            if on_text and piece:
+                on_text(piece)
+        return writing.summary
+
+    def run(
+        self,
+        documents: Iterable[Document | Failure],
+        *,
+        ordered: bool = True,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Iterator[Summary | Failure]:
+        """Summarizes many documents, `batch_size` of them together; one that fails does not stop the others.
+
+        Args:
+            documents: taken lazily; a `Failure` among them (a file that could not be read) is passed on.
+            ordered: results in the order of the documents; otherwise each as soon as it is there.
+            on_event: hears every event; its `request` is the document's index.
+        """
+        from auvsum.batch import run
+
+        return run(self, documents, batch_size=self.batch_size, ordered=ordered, on_event=on_event)
+
+    def prompt_text(self, plan: Plan) -> str:
+        """What the model reads, control tokens included."""
+        text: str = self.loaded.tokenizer.decode(list(plan.prompt.ids), skip_special_tokens=False)
+        return text
+
+    def measure(self) -> Rates:
+        """How fast this model reads and writes here, from a short trial."""
+        from auvsum.estimate import measure
+
+        return measure(self)
+
+    def engine(self, plan: Plan, batch_size: int = 1) -> Engine:
+        """The engine for documents that are planned like this one: see `Plan.engine_key`."""
         settings = self.settings
-        engine = Engine(
+        return Engine(
             self.loaded.model,
             plan.policy,
             eos_ids=self.loaded.eos_ids,
             chunk=settings.chunk if plan.strategy == "stream" else None,
+            batch_size=batch_size,
             sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
         )
-        summary = Summary(id, source, "", plan, settings, self.loaded, warnings=list(plan.warnings))
-        pieces = _Pieces(self.loaded.tokenizer)
-        for event in engine.run([Request(plan.prompt.ids, plan.budget.slots, plan.max_new_tokens)]):
-            if on_event:
-                on_event(event)
-            if isinstance(event, Prefilled):
-                summary.prefill_seconds = event.seconds
-                summary.prefill_peak_bytes = event.prefill_peak_bytes
-            elif isinstance(event, Token):
-                piece = pieces.add(event.token_id)
-                if on_text and piece:
-                    on_text(piece)
-            elif isinstance(event, Finished):
-                summary.token_ids = event.token_ids
-                summary.decode_seconds = event.decode_seconds
-                summary.peak_bytes = event.kv_bytes
-                if event.reason == "length":
-                    summary.warnings.append(
-                        f"the summary stopped at its limit of {plan.max_new_tokens} tokens; --max-tokens raises it"
-                    )
-        rest = pieces.finish()
-        if on_text and rest:
-            on_text(rest)
-        summary.text = pieces.text
-        summary.warnings += _degenerate(summary.text, summary.token_ids)
-        return summary
-
-    @staticmethod
-    def failed_record(error: AuvsumError, id: str, source: str, settings: Settings) -> dict[str, Any]:
-        """The record of a document that failed."""
-        return {
-            **_record_head(id, source),
-            "summary": None,
-            "error": error.record(),
-            "model": settings.model,
-            "policy": settings.policy,
-            "warnings": [],
-            "settings": {"seed": settings.seed, "version": __version__},
-        }
 
     def _within_positions(self, prompt: Prompt, max_new_tokens: int) -> tuple[Prompt, int]:
         """The prompt, cut when that is allowed and needed, and how many tokens were cut."""
@@ -269,7 +291,7 @@ class Summarizer:
         """The policy that runs and its budget: `auto` means the full cache when there is room for it."""
         settings = self.settings
         budget = parse_budget(settings.budget, settings.budget_scope)
-        shape, free = self.loaded.shape, free_bytes(self.loaded.device)
+        shape, free = self.loaded.shape, free_bytes(self.loaded.device) // self.batch_size
 
         def resolved(policy: Policy) -> ResolvedBudget:
             cost = policy.slot_cost(kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes)
@@ -298,8 +320,61 @@ class Summarizer:
         return self.policy, resolved(self.policy)
 
 
-def _record_head(id: str, source: str) -> dict[str, Any]:
-    return {"id": id, "source": source}
+class Writing:
+    """A summary while it is written: hears the engine's events about one document."""
+
+    def __init__(self, summarizer: Summarizer, plan: Plan, id: str, source: str, batch_size: int = 1) -> None:
+        self.plan = plan
+        self.request = Request(plan.prompt.ids, plan.budget.slots, plan.max_new_tokens, summarizer.settings.timeout)
+        self.summary = Summary(
+            id, source, "", plan, summarizer.settings, summarizer.loaded, warnings=list(plan.warnings)
+        )
+        self.summary.batch_size = batch_size
+        self._pieces = _Pieces(summarizer.loaded.tokenizer)
+
+    def started(self, index: int) -> DocumentStarted:
+        """The event that announces the document."""
+        plan = self.plan
+        return DocumentStarted(
+            index,
+            self.summary.id,
+            plan.document_tokens,
+            plan.prompt_tokens,
+            plan.policy.name,
+            plan.strategy,
+            plan.budget,
+        )
+
+    def hear(self, event: Event) -> str:
+        """Takes note of an event.
+
+        Returns:
+            The text that it completes; empty for most.
+
+        Raises:
+            DocumentError: the event says that the document failed.
+        """
+        summary = self.summary
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Prefilled):
+            summary.prefill_seconds = event.seconds
+            summary.prefill_peak_bytes = event.prefill_peak_bytes
+        elif isinstance(event, Token):
+            return self._pieces.add(event.token_id)
+        elif isinstance(event, Finished):
+            summary.token_ids = event.token_ids
+            summary.decode_seconds = event.decode_seconds
+            summary.peak_bytes = event.kv_bytes
+            if event.reason == "length":
+                summary.warnings.append(
+                    f"the summary stopped at its limit of {self.plan.max_new_tokens} tokens; --max-tokens raises it"
+                )
+            rest = self._pieces.finish()
+            summary.text = self._pieces.text
+            summary.warnings += _degenerate(summary.text, summary.token_ids)
+            return rest
+        return ""
 
 
 class _Pieces:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import Policy
 from auvsum.engine.sampling import Sampling
-from auvsum.errors import GenerationFailed
-from auvsum.events import Event, Finished, FinishReason, Prefilled, PrefillProgress, Token
+from auvsum.errors import DocumentError, DocumentTimeout, GenerationFailed
+from auvsum.events import Event, Failed, Finished, FinishReason, Prefilled, PrefillProgress, Token
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,17 @@ class Request:
         ids: the whole prompt.
         slots: slots per layer, or one number a layer.
         max_new_tokens: at most this many are written.
+        timeout: seconds after which the document fails; looked at between chunks and between tokens.
     """
 
     ids: Sequence[int]
     slots: int | Sequence[int]
     max_new_tokens: int
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise GenerationFailed("the prompt is empty", "give it a document")
 
     def per_layer(self, layers: int) -> list[int]:
         """The slots of every layer."""
@@ -50,8 +57,15 @@ class _Row:
     index: int
     request: Request
     generator: torch.Generator | None
+    admitted: float
     written: list[int] = field(default_factory=list)
     started: float = 0.0
+
+    def check_time(self) -> None:
+        """Raises `DocumentTimeout` when the document has had its time."""
+        limit = self.request.timeout
+        if limit is not None and time.perf_counter() - self.admitted > limit:
+            raise DocumentTimeout(f"not finished within {limit:g} seconds", "raise --timeout, or lower --max-tokens")
 
 
 class Engine:
@@ -87,20 +101,23 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Yields `PrefillProgress`, `Prefilled`, `Token` and `Finished`, documents interleaved when batched.
 
-        Raises:
-            GenerationFailed: an empty prompt, or logits that are not numbers.
+        A document that cannot be written (logits that are not numbers, its time is up) ends with `Failed`, and the
+        others go on. Requests are taken one at a time, when a row is free for them: at most
+        `batch_size` of them wait, however many there are.
         """
-        waiting = deque(enumerate(requests))
+        incoming = enumerate(requests)
+        waiting = deque(islice(incoming, self.batch_size))
         while waiting:
             cache = self._cache_for(waiting)
-            rows: list[_Row | None] = [None] * min(self.batch_size, len(waiting))
+            rows: list[_Row | None] = [None] * len(waiting)
             while True:
-                for number, row in enumerate(rows):
-                    if row is None and waiting and self._fits(waiting[0][1], cache):
+                for number in range(len(rows)):
+                    while rows[number] is None and self._next_fits(waiting, incoming, cache):
                         rows[number] = yield from self._admit(cache, number, *waiting.popleft())
                 if not any(rows):
                     break
                 yield from self._advance(cache, rows)
+            waiting.extend(islice(incoming, self.batch_size - len(waiting)))
 
     # -- one document -------------------------------------------------------------------------------------------------
 
@@ -108,22 +125,31 @@ class Engine:
         self, cache: BudgetedCache, number: int, index: int, request: Request
     ) -> Generator[Event, None, _Row | None]:
         """Reads a prompt into a row and writes its first token; returns the row, or None when that was all."""
-        if not request.ids:
-            raise GenerationFailed("the prompt is empty", "give it a document")
-        start = time.perf_counter()
-        total = len(request.ids)
-        cache.begin(total, row=number, slots=request.per_layer(self.layers))
+        generator = self.sampling.generator(self.device) if self.sampling.temperature else None
+        row = _Row(index, request, generator, admitted=time.perf_counter())
+        try:
+            first = yield from self._prefill(cache, number, row)
+            return (yield from self._write(cache, number, row, first))
+        except DocumentError as error:
+            cache.set_active(number, False)
+            yield Failed(index, error)
+            return None
+
+    def _prefill(self, cache: BudgetedCache, number: int, row: _Row) -> Generator[Event, None, int]:
+        """Reads a row's prompt; returns its first new token."""
+        ids, total = row.request.ids, len(row.request.ids)
+        cache.begin(total, row=number, slots=row.request.per_layer(self.layers))
         logits = torch.empty(0)
         for done in range(0, total, self.chunk or total):
-            ids = request.ids[done : done + (self.chunk or total)]
-            logits = self._read(cache, number, ids, done)
-            yield PrefillProgress(index, done + len(ids), total)
-        generator = self.sampling.generator(index, self.device) if self.sampling.temperature else None
-        row = _Row(index, request, generator)
+            chunk = ids[done : done + (self.chunk or total)]
+            logits = self._read(cache, number, chunk, done)
+            yield PrefillProgress(row.index, done + len(chunk), total)
+            row.check_time()
         first = self._draw(row, logits)
         row.started = time.perf_counter()
-        yield Prefilled(index, total, row.started - start, cache.prefill_peak_bytes)
-        return (yield from self._write(cache, number, row, first))
+        held = cache.bytes() // cache.rows
+        yield Prefilled(row.index, total, row.started - row.admitted, cache.prefill_peak_bytes, held)
+        return first
 
     def _advance(self, cache: BudgetedCache, rows: list[_Row | None]) -> Iterator[Event]:
         """One decode step for all rows."""
@@ -131,8 +157,15 @@ class Engine:
         positions = [len(row.request.ids) + len(row.written) - 1 if row else 0 for row in rows]
         logits = self._step(cache, tokens, positions)
         for number, row in enumerate(rows):
-            if row is not None:
+            if row is None:
+                continue
+            try:
+                row.check_time()
                 rows[number] = yield from self._write(cache, number, row, self._draw(row, logits[number]))
+            except DocumentError as error:
+                cache.set_active(number, False)
+                rows[number] = None
+                yield Failed(row.index, error)
 
     def _write(self, cache: BudgetedCache, number: int, row: _Row, token: int) -> Generator[Event, None, _Row | None]:
         """Takes a row's next token; returns the row, or None when the document is complete."""
@@ -188,6 +221,13 @@ class Engine:
         slots = [max(layer) for layer in zip(*first, strict=True)]
         return BudgetedCache(self.model.config, self.policy, slots, batch=len(first))
 
-    def _fits(self, request: Request, cache: BudgetedCache) -> bool:
-        """Whether a document's budget fits the slots there are; otherwise it waits for the next cache."""
-        return all(mine <= theirs for mine, theirs in zip(request.per_layer(self.layers), cache.slots, strict=True))
+    def _next_fits(
+        self, waiting: deque[tuple[int, Request]], incoming: Iterator[tuple[int, Request]], cache: BudgetedCache
+    ) -> bool:
+        """Whether there is a next document and its budget fits the slots; otherwise it waits for the next cache."""
+        if not waiting:
+            waiting.extend(islice(incoming, 1))
+        if not waiting:
+            return False
+        slots = waiting[0][1].per_layer(self.layers)
+        return all(mine <= theirs for mine, theirs in zip(slots, cache.slots, strict=True))

@@ -67,11 +67,12 @@ class Document:
     text: str
     encoding: str
     warnings: tuple[str, ...] = ()
+    name: str = ""
 
     @property
     def id(self) -> str:
-        """The name that people see: the file's name, or `stdin`."""
-        return document_id(self.source)
+        """The name that people see: its path within a folder that was named, or the file's name, or `stdin`."""
+        return self.name or document_id(self.source)
 
 
 def document_id(source: str) -> str:
@@ -79,22 +80,23 @@ def document_id(source: str) -> str:
     return "stdin" if source == "-" else Path(source).name
 
 
-def read_document(path: str | Path, *, encoding: str | None = None) -> Document:
+def read_document(path: str | Path, *, encoding: str | None = None, name: str = "") -> Document:
     """Reads one plain-text file, or standard input for `-`.
 
     Args:
         encoding: decode with this and nothing else; by default byte order mark, then UTF-8, then a guess from the
             whole file, which adds a warning.
+        name: what people shall see as the document's name.
 
     Raises:
         DocumentError: missing, unreadable, binary, undecodable or empty.
         ConfigError: `encoding` is not one that Python knows.
     """
-    name = str(path)
+    file = str(path)
     if encoding is not None:
         _check_encoding(encoding)
-    data = sys.stdin.buffer.read() if name == "-" else _read_bytes(Path(name))
-    label = "stdin" if name == "-" else name
+    data = sys.stdin.buffer.read() if file == "-" else _read_bytes(Path(file))
+    label = "stdin" if file == "-" else file
     _refuse_binary(label, data, encoding)
     text, used, warnings = _decode(label, data, encoding)
     if "\x00" in text:
@@ -102,7 +104,7 @@ def read_document(path: str | Path, *, encoding: str | None = None) -> Document:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise DocumentEmpty(f"{label} is empty", "there is nothing to summarize")
-    return Document("-" if name == "-" else os.path.abspath(name), text, used, warnings)
+    return Document("-" if file == "-" else os.path.abspath(file), text, used, warnings, name)
 
 
 def _read_bytes(path: Path) -> bytes:
