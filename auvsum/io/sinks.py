@@ -140,6 +140,8 @@ class FolderSink:
         #: Output and key by source, of the documents that are wanted and not written yet.
         self._wanted: dict[str, tuple[str, str]] = {}
         self._seen: set[str] = set()
+        #: Folders that are made, and known to lie within this one.
+        self._ready: set[Path] = set()
         self._stack = ExitStack()
 
     def wants(self, item: Input) -> bool:
@@ -172,12 +174,15 @@ class FolderSink:
             OutputError: a link in the folder leads out of it, or the folders cannot be made.
         """
         path = self._folder / output
+        if path.parent in self._ready:
+            return path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(path, error) from error
         if not path.parent.resolve().is_relative_to(self._folder.resolve()):
             raise OutputError(f"{path} leads out of {self._folder}", "a link in that folder points elsewhere")
+        self._ready.add(path.parent)
         return path
 
     def __enter__(self) -> FolderSink:
