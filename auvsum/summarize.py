@@ -137,9 +137,7 @@ class Summarizer:
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
         self.loaded = loaded
         self.settings = settings
-        self.policy = make_policy(settings.policy, **settings.policy_options)
-        if settings.kv_bits != 16:
-            raise PolicyError(f"{settings.kv_bits}-bit slots are not supported", "leave --kv-bits at 16")
+        self.policy = _policy(settings)
 
     @property
     def batch_size(self) -> int:
@@ -160,7 +158,7 @@ class Summarizer:
     @classmethod
     def from_settings(cls, settings: Settings) -> Summarizer:
         """Loads the model that the settings name."""
-        make_policy(settings.policy, **settings.policy_options)  # a misspelt policy should not cost a model load
+        _policy(settings)  # a mistake in the settings should not cost a model load
         loaded = load(
             settings.model,
             device=settings.device,
@@ -207,6 +205,7 @@ class Summarizer:
         self,
         text: str,
         *,
+        plan: Plan | None = None,
         id: str = "document",
         source: str = "",
         on_event: Callable[[Event], None] | None = None,
@@ -215,13 +214,14 @@ class Summarizer:
         """Summarizes a text.
 
         Args:
+            plan: the text's `plan()`, when it has been made already.
             id, source: what the record calls the document.
             on_event: hears every engine event. on_text: hears the summary piece by piece as it is written.
 
         Raises:
             DocumentError: this document cannot be summarized. BudgetError: the budget is too small for it.
         """
-        plan = self.plan(text)
+        plan = plan or self.plan(text)
         writing = Writing(self, plan, id, source)
         if on_event:
             on_event(writing.started(0))
@@ -271,7 +271,7 @@ class Summarizer:
             eos_ids=self.loaded.eos_ids,
             chunk=settings.chunk if plan.strategy == "stream" else None,
             batch_size=batch_size,
-            sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
+            sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
         )
 
     def _within_positions(self, prompt: Prompt, max_new_tokens: int) -> tuple[Prompt, int]:
@@ -375,6 +375,13 @@ class Writing:
             summary.warnings += _degenerate(summary.text, summary.token_ids)
             return rest
         return ""
+
+
+def _policy(settings: Settings) -> Policy:
+    """The policy that the settings ask for."""
+    if settings.kv_bits != 16:
+        raise PolicyError(f"{settings.kv_bits}-bit slots are not supported", "leave --kv-bits at 16")
+    return make_policy(settings.policy, **settings.policy_options)
 
 
 class _Pieces:

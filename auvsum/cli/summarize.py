@@ -18,7 +18,8 @@ from auvsum.ui.console import Console
 
 _SETTING_FLAGS = (
     *("model", "policy", "budget", "budget_scope", "kv_bits", "strategy", "chunk", "max_tokens", "sentences", "words"),
-    *("template", "instruction", "device", "dtype", "threads", "temperature", "top_p", "seed", "truncate", "download"),
+    *("template", "instruction", "device", "dtype", "threads", "temperature", "top_p"),
+    *("repetition_penalty", "seed", "truncate", "download"),
     *("batch_size", "timeout"),
 )
 
@@ -27,7 +28,7 @@ def command(
     ctx: typer.Context,
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE...", help="Text files, folders, patterns; - is standard input."),
+        typer.Argument(metavar="FILE", help="Text files, folders, patterns; - is standard input."),
     ] = None,
     sentences: options.Sentences = None,
     words: options.Words = None,
@@ -61,6 +62,7 @@ def command(
     threads: options.Threads = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     score: options.Score = None,
     dry_run: options.DryRun = False,
