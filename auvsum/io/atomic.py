@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from io import FileIO
 from pathlib import Path
 
 from auvsum.errors import OutputError
@@ -32,6 +33,14 @@ def write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         discard(partial)
         raise
+
+
+def append_whole(file: FileIO, data: bytes) -> None:
+    """Writes all of the data to an unbuffered file, and brings it to the disk."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from auvsum._version import __version__
 from auvsum.config import Settings
 from auvsum.errors import ConfigError
-from auvsum.io.atomic import PARTIAL, discard, sync_folder, unwritable
+from auvsum.io.atomic import PARTIAL, append_whole, discard, sync_folder, unwritable
 
 HIDDEN = ".auvsum"
 INDEX = "index.jsonl"
@@ -46,7 +47,8 @@ class Manifest:
         self.folder = folder
         self.path = folder / HIDDEN / "manifest.jsonl"
         self._lines: dict[str, _Line] = {}
-        self._file: IO[bytes] | None = None
+        #: Unbuffered: what could not be written must not be tried once more when the file is closed.
+        self._file: FileIO | None = None
         self._lock: Any = None
 
     def __enter__(self) -> Manifest:
@@ -56,7 +58,7 @@ class Manifest:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path.with_name("lock"))
             self._lock.acquire(timeout=0)
-            self._file = open(self.path, "a+b")
+            self._file = open(self.path, "ab", buffering=0)
             self._read()
         except Timeout as error:
             raise ConfigError(
@@ -88,25 +90,22 @@ class Manifest:
         line = {"output": output, "key": key, "size": size, "record": record}
         try:
             offset = self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(line, ensure_ascii=True).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append_whole(self._file, json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise unwritable(self.path, error) from error
         self._lines[output] = _Line(offset, key, size)
 
     def write_index(self) -> None:
         """`index.jsonl`: the newest record of every output that is there, and of every document that failed."""
-        assert self._file is not None
         index = self.folder / INDEX
         partial = index.with_name(INDEX + PARTIAL)
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "wb") as file, open(self.path, "rb") as journal:
                 for output, line in sorted(self._lines.items()):
                     if line.size is not None and not (self.folder / output).exists():
                         continue
-                    self._file.seek(line.offset)
-                    record = json.loads(self._file.readline())["record"]
+                    journal.seek(line.offset)
+                    record = json.loads(journal.readline())["record"]
                     named = {"output": output if line.size is not None else None, **record}
                     file.write(json.dumps(named, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                 file.flush()
@@ -120,18 +119,18 @@ class Manifest:
     def _read(self) -> None:
         """Takes in the journal; what follows its last whole line is cut off, so that the next line starts fresh."""
         assert self._file is not None
-        self._file.seek(0)
         offset = 0
-        for text in self._file:
-            if not text.endswith(b"\n"):
-                self._file.truncate(offset)
-                break
-            try:
-                line = json.loads(text)
-                self._lines[line["output"]] = _Line(offset, line["key"], line["size"])
-            except (ValueError, KeyError, TypeError):
-                pass  # not a line of ours: its document is done again
-            offset += len(text)
+        with open(self.path, "rb") as journal:
+            for text in journal:
+                if not text.endswith(b"\n"):
+                    self._file.truncate(offset)
+                    break
+                try:
+                    line = json.loads(text)
+                    self._lines[line["output"]] = _Line(offset, line["key"], line["size"])
+                except (ValueError, KeyError, TypeError):
+                    pass  # not a line of ours: its document is done again
+                offset += len(text)
 
 
 def settings_key(settings: Settings, **more: Any) -> str:

@@ -9,12 +9,13 @@ import hashlib
 import os
 import stat
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from auvsum.errors import OutputError
-from auvsum.io.atomic import PARTIAL, sync_folder, unwritable, write_whole
+from auvsum.io.atomic import PARTIAL, append_whole, sync_folder, unwritable, write_whole
 from auvsum.io.inputs import Input
 from auvsum.io.manifest import HIDDEN, INDEX, Manifest, document_key
 from auvsum.io.render import SUFFIXES, encode, render
@@ -75,7 +76,7 @@ class FileSink:
         self._path = path
         self._format = format
         self._titled = titled and format == "text"
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._written = False
 
     def wants(self, item: Input) -> bool:
@@ -92,10 +93,10 @@ class FileSink:
         self._written = True
         assert self._file is not None
         try:
-            self._file.write(encode(text))
-            self._file.flush()
-            if not self._direct:
-                os.fsync(self._file.fileno())
+            if self._direct:
+                self._file.write(encode(text))
+            else:
+                append_whole(self._file, encode(text))
         except OSError as error:
             raise unwritable(self._path, error) from error
 

@@ -1,7 +1,7 @@
 """Stands for `auvsum.summarize` in tests of the command line alone: no torch, and a document says what is to happen.
 
 `FAIL` the document fails · `SMALL` its budget is too small · `CRASH` a defect · `WAIT` takes for ever ·
-`SLOW` half a second · `ESCAPE` the model writes escape sequences.
+`SLOW` half a second · `DEAF` hears no Ctrl-C · `ESCAPE` the model writes escape sequences.
 """
 
 from __future__ import annotations
@@ -68,6 +68,14 @@ class Summarizer:
             sys.stderr.write("waiting\n")
             sys.stderr.flush()
             time.sleep(60)
+        while "DEAF" in text:
+            try:
+                sys.stderr.write("waiting\n")
+                sys.stderr.flush()
+                time.sleep(60)
+            except KeyboardInterrupt:
+                sys.stderr.write("what?\n")
+                sys.stderr.flush()
         if "SLOW" in text:
             time.sleep(0.5)
         on_event(Prefilled(0, 5214, 3.1, 2**21, 2**21))
