@@ -48,7 +48,14 @@ def events() -> list[tuple[float, Event]]:
 
 def draw(width: int) -> str:
     """The panel at a width, as SVG."""
-    console = Console(file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor")
+    console = Console(
+        file=io.StringIO(),
+        record=True,
+        width=width,
+        force_terminal=True,
+        color_system="truecolor",
+        _environ={},  # the picture does not depend on who draws it
+    )
     shown = Panel(console, total=40)
     shown.close()
     now = 0.0

@@ -241,7 +241,8 @@ class Panel:
         gpu = gpu_bytes()
         if gpu is not None:
             cells.append(("GPU", size(gpu)))
-        columns = 1 if self._console.width < 50 else 2 if self._console.width < 100 else 3
+        width = self._console.width
+        columns = 1 if width < 50 else 2 if width < 90 else 3 if width < 160 else 6
         table = Table.grid(padding=(0, 2))
         for _ in range(columns):
             table.add_column(style="dim", no_wrap=True)
@@ -262,7 +263,10 @@ def duration(seconds: float) -> str:
 
 
 def _bar(done: int, total: int) -> RenderableType:
-    return ProgressBar(total=max(1, total), completed=done)
+    # By itself a bar does not end its line.
+    row = Table.grid(expand=True)
+    row.add_row(ProgressBar(total=max(1, total), completed=done))
+    return row
 
 
 def _one_line(line: Line) -> Line:
