@@ -20,10 +20,10 @@ from auvsum.ui.panel import Panel, State
 WIDTHS = (60, 100, 200)
 DOCS = Path(__file__).parent
 MIB = 2**20
-WORDS = (
+SUMMARY = (
     "The report finds that emergency calls rose by nine percent over the year, most of them for medical help and not "
     "for fires. It asks for two more stations in the north of the county, and for one system of dispatch."
-).split()
+)
 
 
 def started(number: int, name: str) -> DocumentStarted:
@@ -41,7 +41,7 @@ def events() -> list[tuple[float, Event]]:
     story.append((110.0, started(12, "reports/2025/fire administration [final].txt")))
     story += [(110 + done / 1700, PrefillProgress(12, min(done, 5214), 5214)) for done in range(512, 5633, 512)]
     story.append((113.4, Prefilled(12, 5214, 3.3, 40 * MIB, 29 * MIB)))
-    for number, word in enumerate(WORDS):
+    for number, word in enumerate(SUMMARY.split()):
         story += [(113.5 + number / 41.5, Token(12, number)), (113.5 + number / 41.5, Text(12, f" {word}"))]
     return story
 
@@ -58,9 +58,9 @@ def draw(width: int) -> str:
     )
     shown = Panel(console, total=40)
     shown.close()
-    now = 0.0
-    shown.state = State(40, clock=lambda: now)
-    for now, event in events():
+    clock = [0.0]
+    shown.state = State(40, clock=lambda: clock[0])
+    for clock[0], event in events():
         shown.hear(event)
     console.export_text()  # forgets what the live display drew
     console.print(shown.render())
