@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "style": (None, "paragraph", "bullets"),
     "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
 }
+_BATCH_SIZE = re.compile(r"auto|[1-9]\d*")
 _AT_LEAST = {"chunk": 1, "window": 64, "max_tokens": 1, "sentences": 1, "words": 1, "threads": 1, "seed": 0}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -44,6 +45,7 @@ class Settings:
         max_tokens: the most new tokens; `None` lets the requested length decide.
         repetition_penalty: how strongly tokens that the summary already has are discouraged; 1 is not at all.
         template: `auto`, `chat`, `completion`, or the path of a YAML template.
+        batch_size: documents decoded together, or `auto`. timeout: seconds a document may take.
 
     Raises:
         ConfigError, BudgetError: when a value makes no sense; one line that names the setting.
@@ -75,6 +77,8 @@ class Settings:
     seed: int = 0
     truncate: bool = False
     download: bool = False
+    batch_size: str = "auto"
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -100,6 +104,10 @@ class Settings:
             )
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device {self.device!r} is unknown", "use auto, cpu, cuda or cuda:1")
+        if not _BATCH_SIZE.fullmatch(self.batch_size):
+            raise ConfigError(f"batch_size {self.batch_size!r} is not understood", "use auto, or a number from 1")
+        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ConfigError(f"timeout must be more than 0 seconds, not {self.timeout}", _flag_hint("timeout"))
         parse_budget(self.budget, self.budget_scope)
 
 
@@ -203,7 +211,7 @@ def _parse_text(text: str, kind: Any, variable: str) -> Any:
         return dict(parse_option(part) for part in text.split(","))
     if kind in (int, int | None):
         return int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else text
-    if kind is float:
+    if kind in (float, float | None):
         try:
             return float(text)
         except ValueError:
@@ -217,19 +225,20 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
     Raises:
         ConfigError: otherwise, naming the key, the type and the place.
     """
-    if key == "budget" and isinstance(value, int) and not isinstance(value, bool):
+    if key in ("budget", "batch_size") and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected, name = {
         bool: (bool, "true or false"),
         float: (float, "a number"),
+        float | None: (float, "a number"),
         int: (int, "a whole number"),
         int | None: (int, "a whole number"),
         str | None: (str, "text"),
         dict[str, Any]: (dict, "a mapping"),
     }.get(kind, (str, "text"))
-    if value is None and kind in (int | None, str | None):
+    if value is None and kind in (int | None, float | None, str | None):
         return None
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise ConfigError(f"{key} must be {name}, not {value!r} (in {where})", _flag_hint(key))

@@ -3,11 +3,13 @@
     AuvsumError
     ├── DocumentError  1   one document failed; the others go on
     │   ├── DocumentNotFound · DocumentUnreadable · DocumentEmpty · DocumentBinary · DocumentEncoding
-    │   ├── DocumentTooLong
+    │   ├── DocumentTooLong · DocumentTimeout
     │   └── GenerationFailed
+    ├── OutputError    1   the summaries cannot be written: there is no going on
+    ├── InternalError  1   a defect of ours, whatever it raised
+    ├── MetricError    1   a score that cannot be computed
     ├── UsageError     2   flags, configuration, budgets, policies, data sets, runs
     │   ├── ConfigError · BudgetError · PolicyError · TemplateError · DatasetError · RunError
-    ├── MetricError    1   a score that cannot be computed
     └── ModelError     3   the model or the device is not to be had
         ├── ModelNotFound · ModelIncomplete · ModelUnsupported · DownloadFailed
         └── DeviceError
@@ -69,8 +71,28 @@ class DocumentTooLong(DocumentError):
     kind = "document-too-long"
 
 
+class DocumentTimeout(DocumentError):
+    kind = "document-timeout"
+
+
 class GenerationFailed(DocumentError):
     kind = "generation-failed"
+
+
+class OutputError(AuvsumError):
+    """An output cannot be written: the disk is full, it is read-only, or the pipe is closed."""
+
+    kind = "output"
+
+
+class InternalError(AuvsumError):
+    """A defect of ours, whatever it raised."""
+
+    kind = "internal"
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"internal: {type(cause).__name__}: {cause}", "run it again with --debug, and report it")
+        self.__cause__ = cause
 
 
 class UsageError(AuvsumError):

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from auvsum.budget import ResolvedBudget
+from auvsum.errors import AuvsumError
+
 FinishReason = Literal["eos", "length"]
 
 
@@ -29,6 +32,7 @@ class Prefilled:
     prompt_tokens: int
     seconds: float
     prefill_peak_bytes: int
+    kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,4 +54,53 @@ class Finished:
     kv_bytes: int
 
 
-Event = PrefillProgress | Prefilled | Token | Finished
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A document could not be written; the others go on."""
+
+    request: int
+    error: AuvsumError
+
+
+# -- added by `summarize.py` and `batch.py`: documents with names, and text -------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentStarted:
+    """A document has been tokenized and planned, and is about to be read."""
+
+    request: int
+    name: str
+    document_tokens: int
+    prompt_tokens: int
+    policy: str
+    strategy: str
+    budget: ResolvedBudget
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of a summary, as soon as its characters are complete."""
+
+    request: int
+    piece: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentDone:
+    """A document has its summary."""
+
+    request: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentFailed:
+    """A document has none: it could not be read, planned or written."""
+
+    request: int
+    name: str
+    error: AuvsumError
+
+
+Event = PrefillProgress | Prefilled | Token | Finished | Failed | DocumentStarted | Text | DocumentDone | DocumentFailed

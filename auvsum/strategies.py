@@ -18,7 +18,7 @@ from auvsum.cache.policy import Policy
 from auvsum.cache.rotary import Rotary
 from auvsum.engine.parts import Part, chunks, windows
 from auvsum.errors import BudgetError, DocumentTooLong, PolicyError
-from auvsum.events import Event, Finished, Prefilled, PrefillProgress
+from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, PrefillProgress
 from auvsum.text.prompts import Prompt
 from auvsum.text.windows import Window, cut
 
@@ -200,13 +200,21 @@ def map_reduce(
         if len(joined) >= before:
             raise DocumentTooLong("the summaries of its parts are no shorter than the document", "lower --max-tokens")
         windows = cut_windows(joined, how.room, summarizer.loaded.tokenizer)
-    summary = final.summarize(windows[0].text, on_event=on_event, on_text=on_text)
+    summary = final.summarize(windows[0].text, on_event=_without_start(on_event), on_text=on_text)
     summary.prefill_seconds += cost.prefill
     summary.decode_seconds += cost.decode
     summary.peak_bytes = max(summary.peak_bytes, cost.held)
     summary.prefill_peak_bytes = max(summary.prefill_peak_bytes, cost.prefill_peak)
     summary.generated_tokens = len(summary.token_ids) + cost.tokens
     return summary
+
+
+def _without_start(on_event: Callable[[Event], None] | None) -> Callable[[Event], None] | None:
+    """A listener to the last round, which is not the start of a document of its own."""
+    if on_event is None:
+        return None
+    hear = on_event
+    return lambda event: None if isinstance(event, DocumentStarted) else hear(event)
 
 
 @dataclass
@@ -233,6 +241,8 @@ def _map(
             done += event.total_tokens
             if on_event:
                 on_event(PrefillProgress(0, done, total))
+        elif isinstance(event, Failed):
+            raise event.error
         elif isinstance(event, Prefilled):
             cost.prefill += event.seconds
             cost.prefill_peak = max(cost.prefill_peak, event.prefill_peak_bytes)

@@ -7,9 +7,9 @@ Text lives in this file and above; below it there are only token ids and tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from auvsum import strategies
 from auvsum._version import __version__
@@ -22,11 +22,16 @@ from auvsum.engine.memory import free_bytes
 from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
-from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, PolicyError
-from auvsum.events import Event, Finished, Prefilled, Token
+from auvsum.errors import BudgetError, DocumentEmpty, PolicyError
+from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, Token
 from auvsum.text.citations import Citations, cite
 from auvsum.text.prompts import Prompt, build_prompt, truncate_document
 from auvsum.text.styles import shaped
+
+if TYPE_CHECKING:
+    from auvsum.batch import Failure
+    from auvsum.estimate import Rates
+    from auvsum.text.readers import Document
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,16 @@ class Plan:
         """Tokens the model reads."""
         return len(self.prompt.ids)
 
+    @property
+    def passes(self) -> int:
+        """How many prompts it takes: one, or (more than one) those of map-reduce."""
+        return 2 if self.strategy == "map-reduce" else 1
+
+    @property
+    def engine_key(self) -> tuple[str, str]:
+        """Documents that agree in this can be written together by one engine."""
+        return self.policy.name, self.strategy
+
 
 @dataclass
 class Summary:
@@ -80,6 +95,7 @@ class Summary:
     #: All tokens written; more than the summary's own where windows were summarized first.
     generated_tokens: int = 0
     citations: Citations | None = None
+    batch_size: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,7 +107,8 @@ class Summary:
         """The document's record for `--format json`: see docs and `auvsum summarize --help`."""
         plan, budget = self.plan, self.plan.budget
         return {
-            **_record_head(self.id, self.source),
+            "id": self.id,
+            "source": self.source,
             "summary": self.text,
             "error": None,
             "model": self.loaded.name,
@@ -126,7 +143,7 @@ class Summary:
             "settings": {
                 "dtype": str(self.loaded.dtype).removeprefix("torch."),
                 "device": str(self.loaded.device),
-                "batch_size": 1,
+                "batch_size": self.batch_size,
                 "seed": self.settings.seed,
                 "version": __version__,
             },
@@ -144,6 +161,12 @@ class Summarizer:
         self.loaded = loaded
         self.settings = settings
         self.policy = _policy(settings)
+
+    @property
+    def batch_size(self) -> int:
+        """Documents written together. `auto` is 1: a CPU gains little, and memory is the tighter."""
+        asked = self.settings.batch_size
+        return 1 if asked == "auto" else int(asked)
 
     @classmethod
     def from_pretrained(cls, model: str | None = None, **settings: Any) -> Summarizer:
@@ -238,7 +261,7 @@ class Summarizer:
         return Summarizer(self.loaded, settings)
 
     def engine(self, plan: Plan, batch_size: int = 1) -> Engine:
-        """The engine for documents planned like this one."""
+        """The engine for documents that are planned like this one: see `Plan.engine_key`."""
         settings = self.settings
         return Engine(
             self.loaded.model,
@@ -249,10 +272,9 @@ class Summarizer:
             sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
         )
 
-    @staticmethod
-    def request(plan: Plan) -> Request:
+    def request(self, plan: Plan) -> Request:
         """A planned document as the engine reads it."""
-        return Request(plan.prompt.ids, plan.budget.slots, plan.max_new_tokens, plan.parts)
+        return Request(plan.prompt.ids, plan.budget.slots, plan.max_new_tokens, plan.parts, self.settings.timeout)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """What tokens say, without surrounding blanks."""
@@ -281,6 +303,9 @@ class Summarizer:
             DocumentError: this document cannot be summarized. BudgetError: the budget is too small for it.
         """
         plan = plan or self.plan(text)
+        writing = Writing(self, plan, id, source)
+        if on_event:
+            on_event(writing.started(0))
         if self.settings.style and on_text:
             # The shape of a summary is made when it is whole: it is heard then, and not piece by piece.
             on_text, whole = None, on_text
@@ -291,65 +316,53 @@ class Summarizer:
             summary.id, summary.source, summary.plan, summary.settings = id, source, plan, self.settings
             summary.warnings[:0] = [warning for warning in plan.warnings if warning not in summary.warnings]
         else:
-            summary = self._write(plan, id, source, on_event, on_text)
-        summary.text = shaped(summary.text, self.settings.style)
+            for event in self.engine(plan).run([writing.request]):
+                if on_event:
+                    on_event(event)
+                piece = writing.hear(event)
+                if on_text and piece:
+                    on_text(piece)
+            summary = writing.summary
+        self.finish(summary, text, pages)
         if whole:
             whole(summary.text)
+        return summary
+
+    def finish(self, summary: Summary, text: str, pages: Sequence[tuple[int, int]] = ()) -> None:
+        """What happens to a written summary: its shape, and where its sentences come from in the document's text."""
+        summary.text = shaped(summary.text, self.settings.style)
         if self.settings.cite:
             summary.citations = cite(summary.text, text, pages)
             summary.warnings += summary.citations.warnings()
-        return summary
 
-    def _write(
+    def run(
         self,
-        plan: Plan,
-        id: str,
-        source: str,
-        on_event: Callable[[Event], None] | None,
-        on_text: Callable[[str], None] | None,
-    ) -> Summary:
-        """One prompt and its continuation."""
-        settings = self.settings
-        engine = self.engine(plan)
-        summary = Summary(id, source, "", plan, settings, self.loaded, warnings=list(plan.warnings))
-        pieces = _Pieces(self.loaded.tokenizer)
-        for event in engine.run([self.request(plan)]):
-            if on_event:
-                on_event(event)
-            if isinstance(event, Prefilled):
-                summary.prefill_seconds = event.seconds
-                summary.prefill_peak_bytes = event.prefill_peak_bytes
-            elif isinstance(event, Token):
-                piece = pieces.add(event.token_id)
-                if on_text and piece:
-                    on_text(piece)
-            elif isinstance(event, Finished):
-                summary.token_ids = event.token_ids
-                summary.decode_seconds = event.decode_seconds
-                summary.peak_bytes = event.kv_bytes
-                if event.reason == "length":
-                    summary.warnings.append(
-                        f"the summary stopped at its limit of {plan.max_new_tokens} tokens; --max-tokens raises it"
-                    )
-        rest = pieces.finish()
-        if on_text and rest:
-            on_text(rest)
-        summary.text = pieces.text
-        summary.warnings += _degenerate(summary.text, summary.token_ids)
-        return summary
+        documents: Iterable[Document | Failure],
+        *,
+        ordered: bool = True,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Iterator[Summary | Failure]:
+        """Summarizes many documents, `batch_size` of them together; one that fails does not stop the others.
 
-    @staticmethod
-    def failed_record(error: AuvsumError, id: str, source: str, settings: Settings) -> dict[str, Any]:
-        """The record of a document that failed."""
-        return {
-            **_record_head(id, source),
-            "summary": None,
-            "error": error.record(),
-            "model": settings.model,
-            "policy": settings.policy,
-            "warnings": [],
-            "settings": {"seed": settings.seed, "version": __version__},
-        }
+        Args:
+            documents: taken lazily; a `Failure` among them (a file that could not be read) is passed on.
+            ordered: results in the order of the documents; otherwise each as soon as it is there.
+            on_event: hears every event; its `request` is the document's index.
+        """
+        from auvsum.batch import run
+
+        return run(self, documents, batch_size=self.batch_size, ordered=ordered, on_event=on_event)
+
+    def prompt_text(self, plan: Plan) -> str:
+        """What the model reads, control tokens included."""
+        text: str = self.loaded.tokenizer.decode(list(plan.prompt.ids), skip_special_tokens=False)
+        return text
+
+    def measure(self) -> Rates:
+        """How fast this model reads and writes here, from a short trial."""
+        from auvsum.estimate import measure
+
+        return measure(self)
 
     def _over(self, prompt: Prompt, max_new_tokens: int) -> bool:
         """Whether the prompt and its summary need more positions than the model has."""
@@ -394,7 +407,7 @@ class Summarizer:
             least_slots=policy.least_slots,
             slots_to_hold=policy.slots_to_hold,
             paper_slots=policy.paper_slots,
-            free_bytes=free_bytes(self.loaded.device),
+            free_bytes=free_bytes(self.loaded.device) // self.batch_size,
             window_bytes=windows,
             most_slots=most_slots,
         )
@@ -409,15 +422,68 @@ def _budget_warnings(policy: Policy, budget: ResolvedBudget) -> list[str]:
     return []
 
 
+class Writing:
+    """A summary while it is written: hears the engine's events about one document."""
+
+    def __init__(self, summarizer: Summarizer, plan: Plan, id: str, source: str, batch_size: int = 1) -> None:
+        self.plan = plan
+        self.request = summarizer.request(plan)
+        self.summary = Summary(
+            id, source, "", plan, summarizer.settings, summarizer.loaded, warnings=list(plan.warnings)
+        )
+        self.summary.batch_size = batch_size
+        self._pieces = _Pieces(summarizer.loaded.tokenizer)
+
+    def started(self, index: int) -> DocumentStarted:
+        """The event that announces the document."""
+        plan = self.plan
+        return DocumentStarted(
+            index,
+            self.summary.id,
+            plan.document_tokens,
+            plan.prompt_tokens,
+            plan.policy.name,
+            plan.strategy,
+            plan.budget,
+        )
+
+    def hear(self, event: Event) -> str:
+        """Takes note of an event.
+
+        Returns:
+            The text that it completes; empty for most.
+
+        Raises:
+            DocumentError: the event says that the document failed.
+        """
+        summary = self.summary
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Prefilled):
+            summary.prefill_seconds = event.seconds
+            summary.prefill_peak_bytes = event.prefill_peak_bytes
+        elif isinstance(event, Token):
+            return self._pieces.add(event.token_id)
+        elif isinstance(event, Finished):
+            summary.token_ids = event.token_ids
+            summary.decode_seconds = event.decode_seconds
+            summary.peak_bytes = event.kv_bytes
+            if event.reason == "length":
+                summary.warnings.append(
+                    f"the summary stopped at its limit of {self.plan.max_new_tokens} tokens; --max-tokens raises it"
+                )
+            rest = self._pieces.finish()
+            summary.text = self._pieces.text
+            summary.warnings += _degenerate(summary.text, summary.token_ids)
+            return rest
+        return ""
+
+
 def _policy(settings: Settings) -> Policy:
     """The policy that the settings ask for."""
     if settings.kv_bits != 16:
         raise PolicyError(f"{settings.kv_bits}-bit slots are not supported", "leave --kv-bits at 16")
     return make_policy(settings.policy, **settings.policy_options)
-
-
-def _record_head(id: str, source: str) -> dict[str, Any]:
-    return {"id": id, "source": source}
 
 
 class _Pieces:

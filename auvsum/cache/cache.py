@@ -347,7 +347,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
                 layer.share[row] = share
         return held
 
-    def settle(self, row: int) -> int | None:
+    def end_prompt(self, row: int) -> int | None:
         """Ends the prompt of a row whose positions count what is held: its keys are turned to them once and for all.
 
         Returns:

@@ -5,20 +5,10 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 
-from auvsum.errors import AuvsumError
+from auvsum.errors import AuvsumError, InternalError
 from auvsum.ui.console import Console
 
 INTERRUPTED = 130
-
-
-class InternalError(AuvsumError):
-    """A defect of ours, whatever it raised."""
-
-    kind = "internal"
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(f"internal: {type(cause).__name__}: {cause}", "run it again with --debug, and report it")
-        self.__cause__ = cause
 
 
 def report(console: Console, error: AuvsumError, document: str = "") -> None:

@@ -13,8 +13,9 @@ import typer
 from auvsum.cli import options
 from auvsum.cli.guard import guarded
 from auvsum.config import load_settings
+from auvsum.errors import OutputError
 from auvsum.text.readers import read_document
-from auvsum.ui.console import Console, OutputError
+from auvsum.ui.console import Console
 
 _FLAGS = ("model", "budget", "budget_scope", "strategy", "chunk", "template", "instruction", "truncate")
 _MACHINE_FLAGS = ("device", "dtype", "threads", "download")

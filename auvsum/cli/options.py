@@ -22,6 +22,13 @@ class Format(str, Enum):
     json = "json"
 
 
+class SummaryFormat(str, Enum):
+    text = "text"
+    md = "md"
+    json = "json"
+    jsonl = "jsonl"
+
+
 def _option(help_: str, *names: str, metavar: str | None = None) -> object:
     return typer.Option(*names, help=help_, metavar=metavar, show_default=False)
 
@@ -67,6 +74,31 @@ RepetitionPenalty = Annotated[
     float | None, _option("Discourage tokens the summary already has; 1 does not.", metavar="X")
 ]
 Seed = Annotated[int | None, _option("Seed of the sampling.", metavar="N")]
+
+BatchSize = Annotated[str | None, _option("Documents written together.", "--batch-size", metavar="N|auto")]
+Timeout = Annotated[float | None, _option("The most time a document may take.", metavar="SECONDS")]
+
+Output = Annotated[Path | None, _option("Write everything to one file.", "--output", "-o", metavar="FILE")]
+OutputDir = Annotated[
+    Path | None,
+    _option("Write a file a document, and skip what is finished there.", "--output-dir", "-O", metavar="DIR"),
+]
+Force = Annotated[bool, _option("With -O: do finished documents again.", "--force")]
+FilesFrom = Annotated[str | None, _option("Read names from a file; - is standard input.", metavar="FILE|-")]
+Null = Annotated[bool, _option("Names in that list end with NUL bytes.", "--null", "-0")]
+Include = Annotated[
+    list[str] | None, _option("Of folders, only files like this; repeatable.", "--include", metavar="PATTERN")
+]
+Exclude = Annotated[
+    list[str] | None, _option("Of folders, no files or folders like this; repeatable.", "--exclude", metavar="PATTERN")
+]
+Hidden = Annotated[bool, _option("Of folders, also names that start with a dot.", "--hidden")]
+SummaryFormatOption = Annotated[SummaryFormat, _option("The summary, with a heading, or its whole record.", "--format")]
+Score = Annotated[
+    Path | None, _option("A reference summary: adds ROUGE and BERTScore to the record.", metavar="REF.txt")
+]
+ShowPrompt = Annotated[bool, _option("Show what the model would read, and write no summary.", "--show-prompt")]
+ShowPanel = Annotated[bool | None, _option("A live panel on stderr.", "--panel/--no-panel")]
 
 FormatOption = Annotated[Format, _option("The summary, or its whole record.", "--format")]
 DryRun = Annotated[bool, _option("Say what would be read and held, and write no summary.", "--dry-run")]

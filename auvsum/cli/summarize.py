@@ -1,37 +1,35 @@
-"""`auvsum summarize FILE|-`: files in, summaries out; one document that fails does not stop the others."""
+"""`auvsum summarize`: files, folders and pipes in, summaries out."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from auvsum.budget import size
 from auvsum.cli import options
-from auvsum.cli.guard import InternalError, guarded, report
+from auvsum.cli.guard import guarded
+from auvsum.cli.preview import preview
+from auvsum.cli.run import Choices, Reading, Run
 from auvsum.config import Settings, load_settings
-from auvsum.errors import AuvsumError, ModelError
-from auvsum.events import Event, PrefillProgress
-from auvsum.text.readers import Document, document_id, read_document
+from auvsum.errors import UsageError
+from auvsum.io.inputs import Input, Selection, expand, read_names
 from auvsum.text.templates import load_template
-from auvsum.ui.console import Console, OutputError
-
-if TYPE_CHECKING:
-    from auvsum.summarize import Plan, Summarizer
+from auvsum.ui.console import Console
 
 _SETTING_FLAGS = (
     *("model", "policy", "budget", "budget_scope", "kv_bits", "strategy", "chunk", "max_tokens", "sentences", "words"),
     *("template", "instruction", "device", "dtype", "threads", "temperature", "top_p"),
     *("repetition_penalty", "seed", "truncate", "download"),
-    *("query", "style", "cite", "window"),
+    *("query", "style", "cite", "window", "batch_size", "timeout"),
 )
 
 
 def command(
     ctx: typer.Context,
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files; - is standard input.")],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE", help="Text files, folders, patterns; - is standard input."),
+    ] = None,
     sentences: options.Sentences = None,
     words: options.Words = None,
     instruction: options.Instruction = None,
@@ -43,6 +41,17 @@ def command(
     max_tokens: options.MaxTokens = None,
     truncate: options.Truncate = None,
     encoding: options.Encoding = None,
+    output: options.Output = None,
+    output_dir: options.OutputDir = None,
+    format: options.SummaryFormatOption = options.SummaryFormat.text,
+    force: options.Force = False,
+    files_from: options.FilesFrom = None,
+    null: options.Null = False,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    hidden: options.Hidden = False,
+    timeout: options.Timeout = None,
+    batch_size: options.BatchSize = None,
     budget: options.Budget = None,
     budget_scope: options.BudgetScope = None,
     policy: options.Policy = None,
@@ -60,9 +69,11 @@ def command(
     top_p: options.TopP = None,
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
-    format: options.FormatOption = options.Format.text,
+    score: options.Score = None,
     dry_run: options.DryRun = False,
+    show_prompt: options.ShowPrompt = False,
     config: options.Config = None,
+    panel: options.ShowPanel = None,
     color: options.ColorOption = options.Color.auto,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -75,9 +86,11 @@ def command(
       auvsum summarize report.txt
       auvsum summarize report.txt --budget 4% --sentences 3
       cat notes.md | auvsum summarize - --words 60
-      auvsum summarize a.txt b.txt --format json
+      auvsum summarize reports/ 'notes/**/*.md' -O summaries/
+      auvsum summarize reports/ --format jsonl | jq .summary
+      find . -name '*.txt' -print0 | auvsum summarize -0 --files-from - -O out/
       auvsum summarize report.txt --instruction "List the decisions."
-      auvsum summarize report.txt --dry-run
+      auvsum summarize reports/ --dry-run
     """
     console = Console(color.value, quiet, verbose, debug)
 
@@ -86,203 +99,45 @@ def command(
         flags["policy_options"] = options.policy_options(policy_option)
         settings, origins = load_settings(flags, config_path=config)
         load_template(settings.template)
-        for name, origin in origins.items():
-            if origin != "default":
-                console.detail(f"{name} = {getattr(settings, name)!r} ({origin})")
-        return _Run(console, settings, format is options.Format.json, dry_run).all(files, encoding, pages)
+        _say_origins(console, settings, origins)
+        if output is not None and output_dir is not None:
+            raise UsageError("-o and -O exclude each other", "-o is one file for all, -O a folder with one each")
+        if null and files_from is None:
+            raise UsageError("-0 says how --files-from is read", "name the list: --files-from - is standard input")
+        selection = Selection(
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            hidden=hidden,
+            without=() if output_dir is None else (output_dir,),
+        )
+        reading = Reading(encoding, pages)
+        inputs = _inputs(files or [], files_from, null, selection)
+        if score is not None and len(inputs) != 1:
+            raise UsageError(f"--score compares one document, not {len(inputs)}", "name a single file")
+        if dry_run or show_prompt:
+            return preview(console, settings, inputs, reading, format.value, show_prompt)
+        choices = Choices(format.value, output, output_dir, force, reading, score, panel)
+        return Run(console, settings, choices).all(inputs)
 
     return guarded(console, work)
 
 
-class _Run:
-    """The documents of one command line, one after the other, with one model."""
+def _inputs(files: list[str], files_from: str | None, null: bool, selection: Selection) -> list[Input]:
+    """The documents of the arguments, then those of the list.
 
-    def __init__(self, console: Console, settings: Settings, as_json: bool, dry_run: bool) -> None:
-        self._console = console
-        self._settings = settings
-        self._json = as_json
-        self._dry_run = dry_run
-        self._model: Summarizer | None = None
-        self._written = False
-
-    def all(self, files: list[str], encoding: str | None, pages: str | None = None) -> int:
-        """Every document in order.
-
-        Returns:
-            0, or the exit code of the only document, or 1 if any of several failed.
-
-        Raises:
-            ModelError, OutputError: there is no going on without a model or an output.
-        """
-        codes = []
-        for file in files:
-            try:
-                document = read_document(file, encoding=encoding, pages=pages)
-                for warning in document.warnings:
-                    self._console.warn(warning)
-                if self._dry_run:
-                    self._plan(document)
-                else:
-                    self._summarize(document, titled=len(files) > 1)
-                codes.append(0)
-            except (ModelError, OutputError):
-                raise
-            except AuvsumError as error:
-                self._failed(file, error)
-                codes.append(error.exit_code)
-            except Exception as error:
-                self._failed(file, InternalError(error))
-                codes.append(InternalError.exit_code)
-        return codes[0] if len(codes) == 1 else int(any(codes))
-
-    def _plan(self, document: Document) -> None:
-        plan = self._summarizer().plan(document.text)
-        if self._json:
-            self._console.write(_json(_plan_record(document, plan)))
-            return
-        self._console.write(f"{document.id}: {_plan_line(plan)}\n")
-        self._console.write(f"  budget: {plan.budget.echo()}\n")
-        for warning in plan.warnings:
-            self._console.warn(f"{document.id}: {warning}")
-
-    def _summarize(self, document: Document, titled: bool) -> None:
-        model = self._summarizer()
-        plan = model.plan(document.text)
-        self._console.detail(f"{document.id}: {_plan_line(plan)}")
-        self._console.note(f"budget: {plan.budget.echo()}")
-        title = f"==> {document.id} <==\n" if titled and not self._json else ""
-        if title and self._written:
-            title = f"\n{title}"
-        out = _Output(self._console, document.id, title, self._console.stdout_is_terminal and not self._json)
-        try:
-            summary = model.summarize(
-                document.text,
-                id=document.id,
-                source=document.source,
-                pages=document.pages,
-                on_event=out.event,
-                on_text=out.text,
-            )
-        finally:
-            out.close()
-        record = summary.record()
-        if self._json:
-            record["warnings"] = [*document.warnings, *record["warnings"]]
-            self._console.write(_json(record))
-        elif not out.live:
-            self._console.write(f"{title}{summary.text.strip()}\n")
-        if record.get("citations") and not self._json:
-            self._console.write(sources(record["citations"]))
-        self._written = True
-        for warning in summary.warnings:
-            self._console.warn(f"{document.id}: {warning}")
-        self._console.note(cost_line(record))
-
-    def _summarizer(self) -> Summarizer:
-        """The model, loaded when the first readable document asks for it."""
-        if self._model is None:
-            with self._console.status(f"loading {self._settings.model}"):
-                _prepare(self._settings.download)
-                from auvsum.summarize import Summarizer
-
-                self._model = Summarizer.from_settings(self._settings)
-            loaded = self._model.loaded
-            self._console.note(f"{loaded.name}: loaded in {loaded.load_seconds:.1f} s")
-        return self._model
-
-    def _failed(self, file: str, error: AuvsumError) -> None:
-        name = document_id(file)
-        report(self._console, error, "" if name in error.message else name)
-        if self._json:
-            _prepare(self._settings.download)
-            from auvsum.summarize import Summarizer
-
-            source = file if file == "-" else str(Path(file).absolute())
-            record = Summarizer.failed_record(error, name, source, self._settings)
-            self._console.write(_json(record))
+    Raises:
+        UsageError: none at all.
+    """
+    listed = [] if files_from is None else read_names(files_from, null)
+    if not files and not listed:
+        what = "no file given" if files_from is None else f"the list {files_from} names no file"
+        raise UsageError(what, "try `auvsum summarize FILE`, or `auvsum summarize --help`")
+    if "-" in files and files_from == "-":
+        raise UsageError("standard input cannot be a document and a list", "write the list to a file")
+    return [*expand(files, selection), *expand(listed, selection, listed=True)]
 
 
-class _Output:
-    """What one document shows while it is worked on: a bar while it is read, then its text as it comes."""
-
-    def __init__(self, console: Console, label: str, title: str, live: bool) -> None:
-        self.live = live
-        self._title = title
-        self._console = console
-        self._bar = console.progress(label)
-        self._started = False
-
-    def event(self, event: Event) -> None:
-        if isinstance(event, PrefillProgress):
-            self._bar.update(event.done_tokens, event.total_tokens)
-        else:
-            self._bar.stop()
-
-    def text(self, piece: str) -> None:
-        if not self.live:
-            return
-        self._bar.stop()
-        if not self._started:
-            piece = piece.lstrip()
-            if not piece:
-                return
-            self._started = True
-            piece = self._title + piece
-        self._console.write(piece)
-
-    def close(self) -> None:
-        self._bar.stop()
-        if self._started:
-            self._console.write("\n")
-
-
-def sources(citations: list[dict[str, Any]]) -> str:
-    """Where each sentence comes from, one line each: `[2] page 4: "..."`."""
-    lines = []
-    for number, cited in enumerate(citations, 1):
-        source = cited["source"]
-        if source is None:
-            lines.append(f"[{number}] no passage of the document says this")
-            continue
-        place = f"page {source['page']}" if source["page"] is not None else f"line {source['line']}"
-        lines.append(f'[{number}] {place}: "{source["text"]}"')
-    return "\n" + "\n".join(lines) + "\n"
-
-
-def cost_line(record: dict[str, Any]) -> str:
-    """What a summary cost, from its record: `report.txt: 5,214 tokens read in 3.1 s · ...`."""
-    tokens, time, kv = record["tokens"], record["time"], record["kv"]
-    return (
-        f"{record['id']}: {tokens['prompt']:,} tokens read in {time['prefill_s']:.1f} s"
-        f" · {tokens['generated']:,} tokens written at {time['decode_tokens_per_s'] or 0:.1f} tok/s"
-        f" · KV {size(kv['peak_bytes'])} held (full cache {size(kv['full_bytes'])})"
-    )
-
-
-def _plan_line(plan: Plan) -> str:
-    tokens = f"{plan.prompt_tokens:,} tokens ({plan.document_tokens:,} of the document)"
-    return f"{tokens} · policy {plan.policy.name} · strategy {plan.strategy}"
-
-
-def _plan_record(document: Document, plan: Plan) -> dict[str, Any]:
-    budget = plan.budget
-    return {
-        "id": document.id,
-        "source": document.source,
-        "tokens": {"document": plan.document_tokens, "prompt": plan.prompt_tokens},
-        "strategy": plan.strategy,
-        "policy": plan.policy.name,
-        "budget": {"asked": budget.asked, "slots": budget.slots, "bytes": budget.bytes},
-        "warnings": [*document.warnings, *plan.warnings],
-    }
-
-
-def _json(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-
-
-def _prepare(download: bool) -> None:
-    """Quiet and offline, before anything of Hugging Face is imported."""
-    from auvsum._env import prepare
-
-    prepare(download=download)
+def _say_origins(console: Console, settings: Settings, origins: dict[str, str]) -> None:
+    for name, origin in origins.items():
+        if origin != "default":
+            console.detail(f"{name} = {getattr(settings, name)!r} ({origin})")

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
-from auvsum.errors import GenerationFailed, PolicyError
-from auvsum.events import Event, Finished, FinishReason, Prefilled, PrefillProgress, Token
+from auvsum.errors import DocumentError, DocumentTimeout, GenerationFailed, PolicyError
+from auvsum.events import Event, Failed, Finished, FinishReason, Prefilled, PrefillProgress, Token
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,18 @@ class Request:
         slots: slots per layer, which the policy may share out unevenly, or one number a layer.
         max_new_tokens: at most this many are written.
         parts: how the prompt is read when not at the positions of its tokens: see `engine/parts.py`.
+        timeout: seconds after which the document fails; looked at between chunks and between tokens.
     """
 
     ids: Sequence[int]
     slots: int | Sequence[int]
     max_new_tokens: int
     parts: tuple[Part, ...] = ()
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise GenerationFailed("the prompt is empty", "give it a document")
 
     @property
     def compact(self) -> bool:
@@ -56,10 +63,17 @@ class _Row:
     index: int
     request: Request
     generator: torch.Generator | None
+    admitted: float
     #: Position of the first token that is written.
-    position: int
+    position: int = 0
     written: list[int] = field(default_factory=list)
     started: float = 0.0
+
+    def check_time(self) -> None:
+        """Raises `DocumentTimeout` when the document has had its time."""
+        limit = self.request.timeout
+        if limit is not None and time.perf_counter() - self.admitted > limit:
+            raise DocumentTimeout(f"not finished within {limit:g} seconds", "raise --timeout, or lower --max-tokens")
 
 
 class Engine:
@@ -95,20 +109,23 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Yields `PrefillProgress`, `Prefilled`, `Token` and `Finished`, documents interleaved when batched.
 
-        Raises:
-            GenerationFailed: an empty prompt, or logits that are not numbers.
+        A document that cannot be written (logits that are not numbers, its time is up) ends with `Failed`, and the
+        others go on. Requests are taken one at a time, when a row is free for them: at most
+        `batch_size` of them wait, however many there are.
         """
-        waiting = deque(enumerate(requests))
+        incoming = enumerate(requests)
+        waiting = deque(islice(incoming, self.batch_size))
         while waiting:
             cache = self._cache_for(waiting)
-            rows: list[_Row | None] = [None] * min(self.batch_size, len(waiting))
+            rows: list[_Row | None] = [None] * len(waiting)
             while True:
-                for number, row in enumerate(rows):
-                    if row is None and waiting and self._fits(waiting[0][1], cache):
+                for number in range(len(rows)):
+                    while rows[number] is None and self._next_fits(waiting, incoming, cache):
                         rows[number] = yield from self._admit(cache, number, *waiting.popleft())
                 if not any(rows):
                     break
                 yield from self._advance(cache, rows)
+            waiting.extend(islice(incoming, self.batch_size - len(waiting)))
 
     # -- one document -------------------------------------------------------------------------------------------------
 
@@ -116,10 +133,19 @@ class Engine:
         self, cache: BudgetedCache, number: int, index: int, request: Request
     ) -> Generator[Event, None, _Row | None]:
         """Reads a prompt into a row and writes its first token; returns the row, or None when that was all."""
-        if not request.ids:
-            raise GenerationFailed("the prompt is empty", "give it a document")
-        start = time.perf_counter()
-        total = len(request.ids)
+        generator = self.sampling.generator(self.device) if self.sampling.temperature else None
+        row = _Row(index, request, generator, admitted=time.perf_counter())
+        try:
+            first = yield from self._prefill(cache, number, row)
+            return (yield from self._write(cache, number, row, first))
+        except DocumentError as error:
+            cache.set_active(number, False)
+            yield Failed(index, error)
+            return None
+
+    def _prefill(self, cache: BudgetedCache, number: int, row: _Row) -> Generator[Event, None, int]:
+        """Reads a row's prompt; returns its first new token."""
+        request, total = row.request, len(row.request.ids)
         rotary = self._rotary() if request.compact else None
         cache.begin(total, row=number, slots=request.slots, rotary=rotary)
         logits, position = torch.empty(0), 0
@@ -128,14 +154,15 @@ class Engine:
             position = held if part.position is None else part.position
             logits = self._read(cache, number, request.ids[part.start : part.end], position)
             position += part.end - part.start
-            yield PrefillProgress(index, part.end, total)
-        settled = cache.settle(number)
-        generator = self.sampling.generator(index, self.device) if self.sampling.temperature else None
-        row = _Row(index, request, generator, position if settled is None else settled)
+            yield PrefillProgress(row.index, part.end, total)
+            row.check_time()
+        compacted = cache.end_prompt(number)
+        row.position = position if compacted is None else compacted
         first = self._draw(row, logits)
         row.started = time.perf_counter()
-        yield Prefilled(index, total, row.started - start, cache.prefill_peak_bytes)
-        return (yield from self._write(cache, number, row, first))
+        held = cache.bytes() // cache.rows
+        yield Prefilled(row.index, total, row.started - row.admitted, cache.prefill_peak_bytes, held)
+        return first
 
     def _advance(self, cache: BudgetedCache, rows: list[_Row | None]) -> Iterator[Event]:
         """One decode step for all rows."""
@@ -143,8 +170,15 @@ class Engine:
         positions = [row.position + len(row.written) - 1 if row else 0 for row in rows]
         logits = self._step(cache, tokens, positions)
         for number, row in enumerate(rows):
-            if row is not None:
+            if row is None:
+                continue
+            try:
+                row.check_time()
                 rows[number] = yield from self._write(cache, number, row, self._draw(row, logits[number]))
+            except DocumentError as error:
+                cache.set_active(number, False)
+                rows[number] = None
+                yield Failed(row.index, error)
 
     def _write(self, cache: BudgetedCache, number: int, row: _Row, token: int) -> Generator[Event, None, _Row | None]:
         """Takes a row's next token; returns the row, or None when the document is complete."""
@@ -193,7 +227,7 @@ class Engine:
         return logits
 
     def _rotary(self) -> Rotary:
-        slides = any(window is not None for window in layer_windows(self.model.config))
+        slides = any(window is not None for window in self.windows)
         rotary = None if slides else Rotary.of(self.model)
         if rotary is None:
             raise PolicyError(
@@ -216,6 +250,13 @@ class Engine:
         shared = iter(self.policy.layer_slots(request.slots, self.windows.count(None), len(request.ids)))
         return [next(shared) if window is None else window for window in self.windows]
 
-    def _fits(self, request: Request, cache: BudgetedCache) -> bool:
-        """Whether a document's budget fits the slots there are; otherwise it waits for the next cache."""
-        return all(mine <= theirs for mine, theirs in zip(self._per_layer(request), cache.slots, strict=True))
+    def _next_fits(
+        self, waiting: deque[tuple[int, Request]], incoming: Iterator[tuple[int, Request]], cache: BudgetedCache
+    ) -> bool:
+        """Whether there is a next document and its budget fits the slots; otherwise it waits for the next cache."""
+        if not waiting:
+            waiting.extend(islice(incoming, 1))
+        if not waiting:
+            return False
+        slots = self._per_layer(waiting[0][1])
+        return all(mine <= theirs for mine, theirs in zip(slots, cache.slots, strict=True))

@@ -25,9 +25,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
 
-    def generator(self, request: int, device: torch.device) -> torch.Generator:
-        """A document's own stream of random numbers: its summary does not depend on its neighbours."""
-        return torch.Generator(device).manual_seed((self.seed * 1_000_003 + request) % 2**63)
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A document's own stream of random numbers: its summary depends neither on its neighbours nor on its place."""
+        return torch.Generator(device).manual_seed(self.seed)
 
     def draw(self, logits: Tensor, written: Sequence[int], generator: torch.Generator | None) -> int:
         """One token id from one row's logits `[V]`, given what the row has written."""

@@ -65,11 +65,12 @@ class Document:
     encoding: str
     warnings: tuple[str, ...] = ()
     pages: tuple[tuple[int, int], ...] = ()
+    name: str = ""
 
     @property
     def id(self) -> str:
-        """The name that people see: the file's name, or `stdin`."""
-        return document_id(self.source)
+        """The name that people see: its path within a folder that was named, or the file's name, or `stdin`."""
+        return self.name or document_id(self.source)
 
     def page_at(self, offset: int) -> int | None:
         """The number of the page that holds a character; None for formats without pages."""
@@ -82,28 +83,31 @@ def document_id(source: str) -> str:
     return "stdin" if source == "-" else Path(source).name
 
 
-def read_document(path: str | Path, *, encoding: str | None = None, pages: str | None = None) -> Document:
+def read_document(
+    path: str | Path, *, encoding: str | None = None, pages: str | None = None, name: str = ""
+) -> Document:
     """Reads one file, or standard input for `-`: plain text, and with `auvsum[docs]` PDF, DOCX, HTML and EPUB.
 
     Args:
         encoding: decode with this and nothing else; by default byte order mark, then UTF-8, then a guess from the
             whole file, which adds a warning.
         pages: of a PDF, only these: `10-40`, `7`, `1-3,9`, `12-`.
+        name: what people shall see as the document's name.
 
     Raises:
         DocumentError: missing, unreadable, binary, undecodable or empty.
         ConfigError: `encoding` is not one that Python knows, or `pages` are no pages.
     """
-    name = str(path)
+    file = str(path)
     if encoding is not None:
         check_encoding(encoding)
     wanted = None if pages is None else parse_pages(pages)
-    data = sys.stdin.buffer.read() if name == "-" else _read_bytes(Path(name))
-    label, source = ("stdin", "-") if name == "-" else (name, os.path.abspath(name))
+    data = sys.stdin.buffer.read() if file == "-" else _read_bytes(Path(file))
+    label, source = ("stdin", "-") if file == "-" else (file, os.path.abspath(file))
     kind = formats.detect(data, label)
     if kind is not None:
         found = formats.extract(kind, data[:], label, wanted, encoding)
-        document = Document(source, normalize(found.text), kind, found.warnings, found.pages)
+        document = Document(source, normalize(found.text), kind, found.warnings, found.pages, name)
     else:
         _refuse_binary(label, data, encoding)
         if wanted is not None:
@@ -112,7 +116,7 @@ def read_document(path: str | Path, *, encoding: str | None = None, pages: str |
         if "\x00" in text:
             raise DocumentBinary(f"{label} is not text: it contains NUL bytes", "convert it to plain text first")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        document = Document(source, join_hyphens(normalize(text), eager=False), used, warnings)
+        document = Document(source, join_hyphens(normalize(text), eager=False), used, warnings, name=name)
     if not document.text or document.text.isspace():
         raise DocumentEmpty(f"{label} is empty", "there is nothing to summarize")
     return document

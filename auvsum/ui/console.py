@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
-from auvsum.errors import AuvsumError
+from auvsum.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress
 
-_RED, _YELLOW, _DIM, _RESET = "\x1b[31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
+    from auvsum.ui.panel import Panel
+
+_STYLES = {"red": "\x1b[31m", "yellow": "\x1b[33m", "dim": "\x1b[2m"}
+_RESET = "\x1b[0m"
 #: Control characters as harmless pictures; newline and tab stay. C1 controls start escape sequences too.
 _PICTURES = {
     **{c: chr(0x2400 + c) for c in range(0x20) if chr(c) not in "\n\t"},
@@ -26,12 +29,6 @@ _PICTURES = {
 def neutralize(text: str) -> str:
     """Text that cannot steer a terminal."""
     return text.translate(_PICTURES)
-
-
-class OutputError(AuvsumError):
-    """Standard output cannot be written: the disk is full, or it is closed."""
-
-    kind = "output"
 
 
 class Console:
@@ -48,6 +45,8 @@ class Console:
         self.quiet = quiet
         self.verbose = verbose and not quiet
         self.debug = debug
+        #: While there is one, lines are shown above it, and it gives way to what stdout shows on the same terminal.
+        self.panel: Panel | None = None
         self.stdout_is_terminal = _is_terminal(sys.stdout)
         self.stderr_is_terminal = _is_terminal(sys.stderr)
         plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
@@ -61,14 +60,14 @@ class Console:
     def detail(self, text: str) -> None:
         """What only `--verbose` asks for."""
         if self.verbose:
-            self._line(text, _DIM)
+            self._line(text, "dim")
 
     def warn(self, text: str) -> None:
         if not self.quiet:
-            self._line(f"warning: {text}", _YELLOW)
+            self._line(f"warning: {text}", "yellow")
 
     def error(self, message: str, hint: str = "") -> None:
-        self._line(f"error: {message}", _RED)
+        self._line(f"error: {message}", "red")
         if hint:
             self._line(f"  hint: {hint}")
 
@@ -82,6 +81,13 @@ class Console:
             raise OutputError("standard output is closed", "send it to a file or a pipe")
         if self.stdout_is_terminal:
             text = neutralize(text)
+            if self.panel is not None:
+                with self.panel.away():
+                    self._write(text)
+                return
+        self._write(text)
+
+    def _write(self, text: str) -> None:
         try:
             # A lone surrogate (an undecodable file name) becomes \udcXX, which JSON reads as what it was.
             sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
@@ -96,14 +102,15 @@ class Console:
         if self.quiet or not self.stderr_is_terminal:
             yield
             return
-        with self._rich().status(neutralize(text).replace("[", r"\[")):
+        with self.rich().status(neutralize(text).replace("[", r"\[")):
             yield
 
     def progress(self, label: str) -> PrefillBar:
         """A bar for the tokens of one prompt, drawn on a terminal only."""
-        return PrefillBar(None if self.quiet or not self.stderr_is_terminal else self._rich(), label)
+        return PrefillBar(None if self.quiet or not self.stderr_is_terminal else self.rich(), label)
 
-    def _rich(self) -> RichConsole:
+    def rich(self) -> RichConsole:
+        """A Rich console on stderr, for what is drawn."""
         from rich.console import Console as RichConsole
 
         return RichConsole(stderr=True, no_color=not self.color, highlight=False)
@@ -112,8 +119,11 @@ class Console:
         if sys.stderr is None:
             return
         line = neutralize(text.replace("\n", " "))
+        if self.panel is not None:
+            self.panel.above(line, style)
+            return
         if self.color and style:
-            line = f"{style}{line}{_RESET}"
+            line = f"{_STYLES[style]}{line}{_RESET}"
         sys.stderr.buffer.write(f"{line}\n".encode("utf-8", "backslashreplace"))
         sys.stderr.buffer.flush()
 

@@ -37,6 +37,12 @@ def test_budgets(cli: Any, one_line: Callable[[str], None], budget: str) -> None
         (["--policy-option", "decay"], "policy option 'decay' is not KEY=VALUE"),
         (["--config", "nowhere.yaml"], "nowhere.yaml is not a file"),
         (["--format", "xml"], "--format"),
+        (["--batch-size", "0"], "batch_size '0' is not understood"),
+        (["--timeout", "0"], "timeout must be more than 0"),
+        (["-o", "x", "-O", "y"], "-o and -O exclude each other"),
+        (["-0"], "-0 says how --files-from is read"),
+        (["--files-from", "nowhere"], "the list nowhere cannot be read"),
+        (["a.txt", "--score", "a.txt"], "--score compares one document"),
         (["--budgt", "4%"], "No such option: --budgt"),
         (["--encoding", "utf-9"], "encoding 'utf-9' is unknown"),
     ],
@@ -69,10 +75,11 @@ def test_documents(cli: Any, one_line: Callable[[str], None], content: bytes | N
 
 
 def test_folder_and_wrong_encoding(cli: Any, one_line: Callable[[str], None]) -> None:
-    result = cli.real("summarize", ".")
+    (cli.folder / "empty").mkdir()
+    result = cli.real("summarize", "empty")
     assert result.code == 1
     one_line(result.err)
-    assert "is a folder" in result.err
+    assert "holds no document" in result.err
     cli.write("a.txt", "naïve".encode("latin-1"))
     result = cli.real("summarize", "a.txt", "--encoding", "utf-8")
     assert result.code == 1

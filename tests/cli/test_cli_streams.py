@@ -103,6 +103,7 @@ def test_several_files_one_bad(cli: Any) -> None:
         "error: d.txt: internal: ZeroDivisionError: division by zero",
     ]
     assert result.err.count("loaded in") == 1
+    assert result.err.splitlines()[-1] == "2 done, 4 failed"
 
 
 def test_a_single_document_gives_its_own_exit_code(cli: Any) -> None:
@@ -148,10 +149,21 @@ def test_dry_run(cli: Any) -> None:
     assert result.text.splitlines() == [
         "a.txt: 5,214 tokens (5,160 of the document) · policy auv · strategy stream",
         "  budget: 4% of 5,214 tokens = 209 slots/layer, 2.0 MiB (full: 64.0 MiB)",
+        "  time: about 8.2 s, an estimate from a short trial",
     ]
     assert "warning: a.txt: tiny" in result.err
     record = json.loads(cli.fake("summarize", "a.txt", "--dry-run", "--format", "json").out)
-    assert record["budget"] == {"asked": "auto", "slots": 209, "bytes": 2**21}
+    assert record["budget"] == {"asked": "auto", "slots": 209, "bytes": 2**21, "full_bytes": 2**26}
+    cli.write("b.txt", "text")
+    result = cli.fake("summarize", "a.txt", "b.txt", "--dry-run")
+    total = "2 documents: 10,428 tokens, at most 2.0 MiB of KV cache, about 16 s by that estimate"
+    assert result.text.splitlines()[-1] == total
+
+
+def test_show_prompt(cli: Any) -> None:
+    cli.write("a.txt", "WAIT")
+    result = cli.fake("summarize", "a.txt", "--show-prompt")
+    assert (result.code, result.text) == (0, "<|user|>the document<|assistant|>\n")
 
 
 def test_defects_are_one_line(cli: Any) -> None:
@@ -183,13 +195,38 @@ def test_terminal_gets_the_text_as_it_comes(cli: Any) -> None:
     assert plain.replace(" \n", "\n").count(SUMMARY) == 1
 
 
-@pytest.mark.parametrize("columns", ["60", "200"])
-def test_bar_on_stderr_leaves_a_piped_stdout_alone(cli: Any, columns: str) -> None:
+@pytest.mark.parametrize("columns", ["60", "100", "200"])
+def test_panel_on_stderr_leaves_a_piped_stdout_alone(cli: Any, columns: str) -> None:
+    cli.write("a.txt", "SLOW")
+    cli.write("b.txt", "FAIL")
+    cli.write("[c].txt", "ESCAPE")
+    command = ("summarize", "a.txt", "b.txt", "[c].txt", "--format", "jsonl")
+    code, seen, out = in_terminal(cli, *command, streams="e", COLUMNS=columns)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 1
+    assert [record["summary"] is None for record in records] == [False, True, False]
+    plain = ANSI.sub("", seen)
+    assert "reading 5,120 of 5,214 tokens" in plain
+    assert "KV" in plain
+    assert "RSS" in plain
+    assert COST in plain.replace("\n", "")
+    assert "error: b.txt: nothing was written" in plain
+    assert "\x1b[31mred" not in seen
+    frames = [line for line in plain.splitlines() if line.startswith(("╭", "│", "╰"))]
+    assert frames
+    assert max(len(line) for line in frames) <= int(columns)
+
+
+def test_panel_can_be_turned_off_and_on(cli: Any) -> None:
     cli.write("a.txt", "text")
-    code, seen, out = in_terminal(cli, "summarize", "a.txt", streams="e", COLUMNS=columns)
-    assert (code, out.decode()) == (0, SUMMARY)
-    assert "reading" in ANSI.sub("", seen)
-    assert "council" not in seen
+    _, seen, out = in_terminal(cli, "summarize", "a.txt", "--no-panel", streams="e")
+    assert "╭" not in seen
+    assert out.decode() == SUMMARY
+    _, seen, _ = in_terminal(cli, "summarize", "a.txt", "--no-panel", "-v", streams="oe")
+    assert "╭" not in seen
+    code, seen, _ = in_terminal(cli, "summarize", "a.txt", "--panel", streams="oe")
+    assert code == 0
+    assert ANSI.sub("", seen).replace("\r", "").count(SUMMARY) == 1
 
 
 def test_piped_stderr_has_no_bar_and_no_colour(cli: Any) -> None:
