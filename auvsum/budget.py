@@ -72,17 +72,27 @@ def parse_budget(text: str, scope: Scope = "bytes") -> Budget:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one token costs in a full cache: `layers` x 2 x `kv_heads` x `head_dim` x `element_bytes`."""
+    """What one token costs in a full cache: `layers` x 2 x `kv_heads` x `head_dim` x `element_bytes`.
+
+    Attributes:
+        windows: of the layers with a sliding window, which never hold more tokens than that.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     element_bytes: int
+    windows: tuple[int, ...] = ()
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values over all layers."""
         return self.layers * 2 * self.kv_heads * self.head_dim * self.element_bytes
+
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of that many tokens in a cache that loses nothing it will need."""
+        missing = sum(max(0, tokens - window) for window in self.windows)
+        return tokens * self.token_bytes - missing * (self.token_bytes // self.layers)
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ def resolve(
     slots_to_hold: Callable[[int], int],
     paper_slots: Callable[[int], int],
     free_bytes: int,
+    window_bytes: int = 0,
 ) -> ResolvedBudget:
     """Turns a budget into slots per layer for one prompt.
 
@@ -138,6 +149,7 @@ def resolve(
         slots_to_hold: slots with which the policy never evicts among that many tokens.
         paper_slots: slots the policy peaks at when the paper grants it that many tokens.
         free_bytes: free memory, for `auto`.
+        window_bytes: what the layers with a sliding window hold; the budget's rest goes to the others.
 
     The slots are capped where the budget never binds, since more would be allocated for nothing.
 
@@ -145,14 +157,15 @@ def resolve(
         BudgetError: when fewer than `least_slots` fit; the message names the least budget that works.
     """
     total = prompt_tokens + max_new_tokens
-    full_bytes = prompt_tokens * shape.token_bytes
+    full_bytes = shape.full_bytes(prompt_tokens)
+    layers = max(1, shape.layers - len(shape.windows))
     unbound = slots_to_hold(total)
 
     def bytes_of(slots: int) -> int:
-        return shape.layers * (cost.fixed + slots * cost.per_slot)
+        return window_bytes + layers * (cost.fixed + slots * cost.per_slot)
 
     def slots_in(size_bytes: float) -> int:
-        return max(0, int((size_bytes / shape.layers - cost.fixed) // cost.per_slot))
+        return max(0, int(((size_bytes - window_bytes) / layers - cost.fixed) // cost.per_slot))
 
     if budget.kind == "auto":
         slots = min(unbound, slots_in(AUTO_SHARE * free_bytes))
@@ -181,7 +194,7 @@ def resolve(
         full_bytes=full_bytes,
         prompt_tokens=prompt_tokens,
         never_binds=slots >= unbound,
-        layers=shape.layers,
+        layers=layers,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from auvsum._version import __version__
 from auvsum.budget import SENSIBLE_SLOTS, ResolvedBudget, parse_budget, resolve
 from auvsum.cache.policy import Policy, make_policy
+from auvsum.cache.sliding import SlidingWindow
 from auvsum.config import Settings
 from auvsum.engine.generate import Engine, Request
 from auvsum.engine.memory import free_bytes
@@ -42,6 +43,11 @@ class Plan:
     policy: Policy
     budget: ResolvedBudget
     warnings: tuple[str, ...]
+
+    @property
+    def layer_slots(self) -> list[int]:
+        """Slots of each layer that has no sliding window, as the policy shares them out."""
+        return self.policy.layer_slots(self.budget.slots, self.budget.layers, self.prompt_tokens)
 
     @property
     def prompt_tokens(self) -> int:
@@ -91,6 +97,7 @@ class Summary:
                 "asked": budget.asked,
                 "scope": budget.scope,
                 "slots": budget.slots,
+                "layer_slots": plan.layer_slots,
                 "kv_bits": self.settings.kv_bits,
             },
             "kv": {
@@ -181,6 +188,11 @@ class Summarizer:
         elif budget.slots < SENSIBLE_SLOTS and not budget.never_binds:
             warnings.append(f"budget {budget.asked} gives only {budget.slots} slots per layer: expect a poor summary")
         strategy = "single" if settings.strategy == "auto" else settings.strategy
+        if strategy == "stream" and not policy.streams:
+            raise PolicyError(
+                f"policy {policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
+                "use --strategy single, or another policy (`auvsum policies` shows which)",
+            )
         return Plan(prompt, document_tokens, cut, max_new_tokens, strategy, policy, budget, tuple(warnings))
 
     def summarize(
@@ -271,8 +283,14 @@ class Summarizer:
         budget = parse_budget(settings.budget, settings.budget_scope)
         shape, free = self.loaded.shape, free_bytes(self.loaded.device)
 
+        vector = {"kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "element_bytes": shape.element_bytes}
+        windows = 0
+        for window in shape.windows:
+            cost = SlidingWindow(window).slot_cost(**vector)
+            windows += cost.fixed + window * cost.per_slot
+
         def resolved(policy: Policy) -> ResolvedBudget:
-            cost = policy.slot_cost(kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes)
+            cost = policy.slot_cost(**vector)
             return resolve(
                 budget,
                 shape=shape,
@@ -283,6 +301,7 @@ class Summarizer:
                 slots_to_hold=policy.slots_to_hold,
                 paper_slots=policy.paper_slots,
                 free_bytes=free,
+                window_bytes=windows,
             )
 
         full = self.policy if self.policy.name == "full" else make_policy("full")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from auvsum.cache.sliding import attend_window
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
@@ -44,7 +45,7 @@ def attention(
         the output `[B, T, H, D]` and no weights.
 
     Raises:
-        PolicyError: without a `BudgetedCache`, or in a layer with a sliding window.
+        PolicyError: without a `BudgetedCache`, or when the model slides where its configuration does not say so.
     """
     layer: LayerCache | None = getattr(key, "auvsum_layer", None)
     if layer is None:
@@ -52,8 +53,11 @@ def attention(
             "attention 'auvsum' was called without a BudgetedCache",
             "pass past_key_values=auvsum.BudgetedCache(model.config, policy=..., slots=...)",
         )
-    if sliding_window is not None:
-        raise PolicyError("layers with a sliding window are not supported", "use a model with full attention only")
+    if sliding_window != layer.window:
+        raise PolicyError(
+            f"a layer with the sliding window {sliding_window} was planned with {layer.window}",
+            "type: auvsum doctor --model NAME",
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     return layer.attend(query, key, value, scale, tokens), None
@@ -82,10 +86,15 @@ def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
 
 def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One row's chunk: attend, observe, choose, fill. Returns `[T, H, D]`."""
-    store = layer.store
+    store, policy = layer.store, layer.policy
     held = hold(layer, row, key, value)
     keys, values, past_valid = held.key[None], held.value[None], None
     past = held.size - held.chunk
+    if layer.window is not None:
+        out = attend_window(query, keys, values, scale, past, layer.window)
+        layer.count_prefill(keys, values, key, value)
+        store.fill(row, held, policy.choose(held, int(store.capacity[row])))
+        return out[0].transpose(0, 1)
     folded = store.reconstructed(row)
     if folded is not None:
         keys = torch.cat([folded[0][None], keys], 2)
@@ -101,9 +110,14 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
 
 def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
     """What a row holds and its chunk `[1, G, T, D]`, among which its policy will choose."""
-    store = layer.store
+    store, policy = layer.store, layer.policy
     if store.longest[row] == 0:
-        store.longest[row] = key.shape[2]
+        layer.settle(row, key.shape[2])
+    if not policy.streams and (int(store.seen[row]) or key.shape[2] < int(store.longest[row])):
+        raise PolicyError(
+            f"policy {policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
+            "read the prompt in one pass (--strategy single), or use another policy",
+        )
     return store.hold(row, key[0], value[0])
 
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from auvsum.cache import attention
 from auvsum.cache.policy import Policy, make_policy
+from auvsum.cache.sliding import SlidingWindow, layer_windows
 from auvsum.cache.store import SlotStore
 from auvsum.errors import PolicyError
 
@@ -26,6 +27,11 @@ _GROWTH = 256
 class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     """One layer: a policy and its store. The store is allocated when the layer first sees a key, and then stays.
 
+    Args:
+        slots: the budget; None grows.
+        place: this layer's number among those that share a budget, and how many they are.
+        exact: whether `slots` is this layer's own number, not to be shared out.
+
     Attributes:
         row: the row that a prompt is being read into; None when the batch of the call is the batch of the cache.
         reads_prompt: whether a single query is a one-token prompt chunk rather than a decode step.
@@ -34,15 +40,26 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, policy: Policy, slots: int | None, batch: int | None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        slots: int | None,
+        batch: int | None,
+        place: tuple[int, int] = (0, 1),
+        exact: bool = True,
+        layer: int = 0,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.slots = slots
+        self.place = place
+        self.exact = exact
+        self.layer = layer
         self.batch = batch
         self.row: int | None = None
         self.reads_prompt = False
         self.columns = 0
-        self.row_slots: dict[int, int] = {}
+        self.row_slots: dict[int, tuple[int, bool]] = {}
         self.longest: dict[int, int] = {}
         self.prefill_bytes = 0
         self.unread: set[int] = set()
@@ -60,6 +77,11 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         return self._store
 
     @property
+    def window(self) -> int | None:
+        """The layer's sliding window."""
+        return self.policy.window if isinstance(self.policy, SlidingWindow) else None
+
+    @property
     def bytes(self) -> int:
         """Bytes allocated by this layer."""
         return 0 if self._store is None else self._store.bytes()
@@ -67,14 +89,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the store in the keys' type and on their device."""
         batch, groups, chunk, size = key_states.shape
-        slots = self.slots
-        if slots is None:
-            slots = chunk + _GROWTH
-        if slots < self.policy.least_slots:
-            raise PolicyError(
-                f"policy {self.policy.name!r} needs at least {self.policy.least_slots} slots, not {slots}",
-                f"give it {self.policy.least_slots} or more",
-            )
+        tokens = max(self.longest.values(), default=chunk)
+        slots = chunk + _GROWTH if self.slots is None else self._own(self.slots, tokens, self.exact)
         self._store = SlotStore(
             batch=self.batch or batch,
             kv_heads=groups,
@@ -84,6 +100,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             device=key_states.device,
             state=self.policy.state,
             reconstruct=self.policy.keeps_reconstructed,
+            layer=self.layer,
         )
         self.unread = set(range(self.batch or batch))
         self.is_initialized = True
@@ -113,12 +130,38 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """What the attention function does in this layer, given what `update` returned."""
         return attention.attend(self, query, key, value, scale, tokens)
 
+    def _own(self, granted: int, tokens: int, exact: bool) -> int:
+        """This layer's slots of `granted` a layer, for a prompt of that many tokens."""
+        if exact:
+            return granted
+        index, layers = self.place
+        return self.policy.layer_slots(granted, layers, tokens)[index]
+
     def _start(self, row: int, chunk: int) -> None:
-        """The first tokens of a row: its own budget and its constant N_max (0: to be set by the first chunk read)."""
+        """The first tokens of a row. How many they are is declared, or known when the first chunk is read."""
         self.unread.discard(row)
-        slots = self.row_slots.get(row)
-        self.store.clear(row, None if slots is None else self.policy.capacity(slots))
-        self.store.longest[row] = self.longest.get(row, int(chunk == 1 and not self.reads_prompt))
+        self.store.clear(row)
+        self.store.longest[row] = 0
+        tokens = self.longest.get(row, int(chunk == 1 and not self.reads_prompt))
+        if tokens:
+            self.settle(row, tokens)
+
+    def settle(self, row: int, tokens: int) -> None:
+        """A row's constants: its N_max and its own budget in this layer.
+
+        Raises:
+            PolicyError: when the row was given more slots than the cache has.
+        """
+        store = self.store
+        store.longest[row] = tokens
+        granted, exact = self.row_slots.get(row, (self.slots, self.exact))
+        if granted is None:
+            return
+        capacity = self.policy.capacity(self._own(granted, tokens, exact))
+        if row in self.row_slots and capacity > store.slots:
+            raise PolicyError(f"a row of {capacity} slots does not fit a cache of {store.slots}", "give the cache more")
+        store.granted[row] = granted
+        store.capacity[row] = min(capacity, store.slots)
 
     def _make_room(self, chunk: int) -> None:
         """Only the full cache of unknown length moves: a larger store takes over the old one's rows."""
@@ -209,32 +252,51 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             self.policy = policy
         else:
             self.policy = make_policy(policy, **options)
-        count = config.get_text_config(decoder=True).num_hidden_layers
-        per_layer = [slots] * count if slots is None or isinstance(slots, int) else list(slots)
-        if len(per_layer) != count:
-            raise PolicyError(f"{len(per_layer)} slot counts for {count} layers", "give one number, or one a layer")
-        for number in per_layer:
-            if number is None and self.policy.name != "full":
-                raise PolicyError(f"policy {self.policy.name!r} needs a number of slots", "pass slots=...")
-            if number is not None and number < self.policy.least_slots:
-                raise PolicyError(
-                    f"policy {self.policy.name!r} needs at least {self.policy.least_slots} slots, not {number}",
-                    f"give it {self.policy.least_slots} or more",
-                )
-        super().__init__(layers=[LayerCache(self.policy, number, batch) for number in per_layer])
+        windows = layer_windows(config)
+        full = [layer for layer, window in enumerate(windows) if window is None]
+        if not full and self.policy.name != "full":
+            raise PolicyError(
+                f"policy {self.policy.name!r} has nothing to do: every layer of this model has a sliding window",
+                "use policy full, which holds just the window, or load the model with sliding_window=None",
+            )
+        one = slots is None or isinstance(slots, int)
+        per_layer = [slots] * len(windows) if slots is None or isinstance(slots, int) else list(slots)
+        if len(per_layer) != len(windows):
+            raise PolicyError(
+                f"{len(per_layer)} slot counts for {len(windows)} layers", "give one number, or one a layer"
+            )
+        layers = []
+        for index, (number, window) in enumerate(zip(per_layer, windows, strict=True)):
+            if window is not None:
+                layers.append(LayerCache(SlidingWindow(window), window, batch))
+                continue
+            if one:
+                self._check(number)
+            place = (full.index(index), len(full))
+            layers.append(LayerCache(self.policy, number, batch, place, not one, index))
+        super().__init__(layers=layers)
+
+    def _check(self, slots: int | None) -> None:
+        least = self.policy.least_slots
+        if slots is None and self.policy.name != "full":
+            raise PolicyError(f"policy {self.policy.name!r} needs a number of slots", "pass slots=...")
+        if slots is not None and slots < least:
+            message = f"policy {self.policy.name!r} needs at least {least} slots, not {slots}"
+            raise PolicyError(message, f"give it {least} or more")
 
     def begin(self, prompt_tokens: int, *, row: int = 0, slots: int | Sequence[int] | None = None) -> None:
         """Declares a row's next prompt before its first chunk.
 
         Args:
             prompt_tokens: N_max of eq. 2; without this call, the length of the first chunk.
-            slots: the row's own budget, at most the cache's.
+            slots: the row's own budget, at most the cache's: slots a layer, or one number a layer.
         """
+        one = slots is None or isinstance(slots, int)
         per_layer = [slots] * len(self.layers) if slots is None or isinstance(slots, int) else slots
         for layer, number in zip(self.layers, per_layer, strict=True):
             layer.longest[row] = prompt_tokens
-            if number is not None:
-                layer.row_slots[row] = number
+            if number is not None and layer.window is None:
+                layer.row_slots[row] = (number, not one)
             if layer.is_initialized:
                 layer.unread.add(row)
 

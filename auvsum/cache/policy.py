@@ -40,6 +40,15 @@ class Policy(abc.ABC):
     state: ClassVar[tuple[str, ...]] = ()
     #: The state by which evicted tokens are weighted in the reconstructed K(V), where there is one.
     folds_by: ClassVar[str] = ""
+    #: Whether a prompt may be read in chunks; False when the choice needs the prompt's last queries.
+    streams: ClassVar[bool] = True
+    #: Whether all heads of a layer hold the same tokens.
+    one_set: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, **options: Any) -> Policy:
+        """The policy for these options, which are among its fields; an option may choose a relative."""
+        return cls(**options)
 
     @property
     def keeps_reconstructed(self) -> bool:
@@ -58,6 +67,10 @@ class Policy(abc.ABC):
     def slots_to_hold(self, tokens: int) -> int:
         """The slots with which it never evicts among `tokens` tokens."""
         return max(tokens, self.least_slots)
+
+    def layer_slots(self, slots: int, layers: int, prompt_tokens: int) -> list[int]:
+        """How `slots` a layer are shared among the layers for one prompt; together never more than granted."""
+        return [slots] * layers
 
     def paper_slots(self, tokens: int) -> int:
         """The slots it peaks at when granted `tokens` tokens in the AUV paper's accounting."""
@@ -99,8 +112,8 @@ class Policy(abc.ABC):
 
 #: Position (int32) and validity (bool) of a slot, per KV head.
 _SLOT_BYTES = 4 + 1
-#: capacity, pointer, seen (int64), longest (fp32), active (bool), and the store's row index (int64).
-_ROW_BYTES = 8 + 8 + 8 + 4 + 1 + 8
+#: granted, capacity, pointer, seen (int64), longest (fp32), active (bool), and the store's row index (int64).
+_ROW_BYTES = 8 + 8 + 8 + 8 + 4 + 1 + 8
 #: The store's head index (int64).
 _HEAD_BYTES = 8
 
@@ -128,6 +141,21 @@ def least(scores: Tensor, positions: Tensor) -> Tensor:
     return positions.masked_fill(~tied, torch.iinfo(positions.dtype).max).argmin(-1)
 
 
+def place_or_replace(store: SlotStore, scores: Tensor, protected: Tensor) -> Tensor:
+    """The slot of each head's arriving token: the next free one, or, when all are live, that of the least score.
+
+    Args:
+        scores: `[B, G, S (+ 1)]`. protected: how many of a row's newest live tokens may not go, `[B]`.
+    """
+    slots = store.slots
+    positions = store.positions[..., :slots]
+    young = positions > (store.seen - 1 - protected)[:, None, None]
+    outside = ~store.valid[..., :slots] | young
+    victim = least(scores[..., :slots].masked_fill(outside, torch.inf), positions)
+    pointer = store.pointer[:, None]
+    return torch.where(pointer < store.capacity[:, None], pointer.expand_as(victim), victim)
+
+
 def keep_recent_and_best(scores: Tensor, recent: int, best: int) -> Tensor:
     """The last `recent` columns and the `best` highest scores among the rest, in ascending order: int64 `[G, .]`.
 
@@ -140,32 +168,46 @@ def keep_recent_and_best(scores: Tensor, recent: int, best: int) -> Tensor:
     return torch.cat([top.sort(-1).values, last], -1)
 
 
+#: Another name of the same keys.
+ALIASES = {"lm-infinite": "streaming"}
+
+
 def policy_names() -> list[str]:
-    """The names that can be asked for; nothing is imported to find them."""
+    """The names of the policies, without aliases; nothing is imported to find them."""
     from auvsum.cache import policies
 
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(policies.__path__))
 
 
-def make_policy(name: str, **options: Any) -> Policy:
-    """Builds a policy by name; only its own module is imported.
+def policy_class(name: str) -> type[Policy]:
+    """The class behind a name or an alias; only its own module (and what that builds on) is imported.
 
     Raises:
-        PolicyError: an unknown name or option, with the nearest one as the hint.
+        PolicyError: an unknown name, with the nearest one as the hint.
     """
-    names = policy_names()
+    names = [*policy_names(), *ALIASES]
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         raise PolicyError(
             f"policy {name!r} is unknown",
             f"did you mean {near[0]!r}?" if near else f"policies are {', '.join(names)}",
         )
-    module = importlib.import_module(f"auvsum.cache.policies.{name.replace('-', '_')}")
-    policy_class: type[Policy] = module.POLICY
-    known = [field.name for field in dataclasses.fields(policy_class)]
+    module = importlib.import_module(f"auvsum.cache.policies.{ALIASES.get(name, name).replace('-', '_')}")
+    found: type[Policy] = module.POLICY
+    return found
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """Builds a policy by name.
+
+    Raises:
+        PolicyError: an unknown name or option, with the nearest one as the hint, or options that contradict each other.
+    """
+    found = policy_class(name)
+    known = [field.name for field in dataclasses.fields(found) if field.init]
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(known) or 'none'}"
             raise PolicyError(f"policy {name!r} has no option {option!r}", hint)
-    return policy_class(**options)
+    return found.build(**options)

@@ -52,6 +52,7 @@ class SlotStore:
         state: names of the policy's fp32 values per slot.
         reconstruct: whether evicted tokens are folded into a reconstructed K(V) (eqs. 7, 8).
         codec: how keys and values are kept; None keeps them in `dtype`.
+        layer: which layer of the model this is, for policies that draw at random.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class SlotStore:
         state: Sequence[str] = (),
         reconstruct: bool = False,
         codec: Codec | None = None,
+        layer: int = 0,
     ) -> None:
+        self.layer = layer
         self.slots = slots
         self.reconstruct = reconstruct
         self.dtype = dtype
@@ -77,8 +80,10 @@ class SlotStore:
         self.positions = torch.full(shape, _NO_POSITION, dtype=torch.int32, device=device)
         self.valid = torch.zeros(shape, dtype=torch.bool, device=device)
         self.state = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in state}
-        # Per row. `capacity` is the row's own number of slots (<= S), `pointer` where its next token goes, `seen` how
-        # many tokens it has read, `longest` the constant N_max of eq. 2.
+        # Per row. `granted` is its budget in slots a layer, on average over the layers; `capacity` its own number of
+        # slots here (<= S), `pointer` where its next token goes, `seen` how many tokens it has read, `longest` the
+        # constant N_max of eq. 2.
+        self.granted = torch.full((batch,), slots, dtype=torch.int64, device=device)
         self.capacity = torch.full((batch,), slots, dtype=torch.int64, device=device)
         self.pointer = torch.zeros(batch, dtype=torch.int64, device=device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -194,6 +199,13 @@ class SlotStore:
         for values in self.state.values():
             values[to] = values[origin]
             values[origin] = 0
+
+    def drop(self, gone: Tensor) -> None:
+        """Kills the slots where `gone` `[B, G, S]` is True, as many in each head of a row."""
+        self.positions[..., : self.slots].masked_fill_(gone, _NO_POSITION)
+        self.valid[..., : self.slots].masked_fill_(gone, False)
+        for values in self.state.values():
+            values[..., : self.slots].masked_fill_(gone, 0.0)
 
     # -- reconstructed K(V) -------------------------------------------------------------------------------------------
 

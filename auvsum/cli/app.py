@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from auvsum import __version__
-from auvsum.cli import config, doctor, models, runs, summarize
+from auvsum.cli import config, doctor, inspect, models, policies, runs, summarize
 from auvsum.cli import eval as evaluation
 from auvsum.cli.guard import INTERRUPTED
 from auvsum.ui.console import Console
@@ -22,6 +22,8 @@ Examples:
   auvsum summarize report.txt --budget 4%         hold 4% of the full KV cache
   cat notes.md | auvsum summarize -               a pipe
   auvsum summarize a.txt --format json | jq .kv   what it cost
+  auvsum inspect report.txt --policies auv,h2o    what each policy kept
+  auvsum policies                                 eviction policies and their options
   auvsum models list                              models, and which are here
   auvsum doctor                                   is everything in order?
 
@@ -37,6 +39,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("summarize")(summarize.command)
+app.command("inspect", short_help="Show which tokens each policy kept.")(inspect.command)
+app.command("policies", short_help="List the eviction policies.")(policies.command)
 app.add_typer(models.app, name="models")
 app.command("doctor", short_help="Check that this installation works.")(doctor.command)
 app.command("eval", short_help="Measure policies and budgets on documents with summaries.")(evaluation.command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auvsum import __version__
@@ -70,25 +71,35 @@ def _examine(model: str | None) -> tuple[dict[str, Any], list[Check]]:
         "model cache": str(registry.cache_dir()),
         "hub cache": str(registry.hub_cache_dir()),
     }
-    found = _find(model)
+    found, folder = _find(model)
     checks = selfcheck.run()
     if model is None:
         # Nothing is broken while the default model has not been fetched.
         facts["default model"] = f"{registry.DEFAULT_MODEL}: {found.detail}"
     else:
         checks.append(found)
+        if folder is not None:
+            checks += selfcheck.check_model(folder)
     return facts, checks
 
 
-def _find(model: str | None) -> Check:
-    """Where a model is, or why it cannot be used and what to type."""
-    from auvsum.engine import models
+def _find(model: str | None) -> tuple[Check, Path | None]:
+    """Where a model is, or why it cannot be used and what to type; and its folder, if its self-check can be tried.
+
+    An architecture that is not on the list is tried as well: what it says decides whether it could be used.
+    """
+    from auvsum.engine import locate, models
     from auvsum.engine.selfcheck import Check
+    from auvsum.errors import ModelUnsupported
 
     try:
-        return Check(f"model {model}", True, str(models.resolve(model)))
+        folder = models.resolve(model)
+        return Check(f"model {model}", True, str(folder)), folder
+    except ModelUnsupported as error:
+        # Its own hint would lead here.
+        return Check(f"model {model}", False, error.message), locate.locate(model or "")
     except ModelError as error:
-        return Check(f"model {model}", False, f"{error.message} ({error.hint})")
+        return Check(f"model {model}", False, f"{error.message} ({error.hint})"), None
 
 
 def _text(value: Any) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import Policy
+from auvsum.cache.sliding import layer_windows
 from auvsum.engine.sampling import Sampling
 from auvsum.errors import GenerationFailed
 from auvsum.events import Event, Finished, FinishReason, Prefilled, PrefillProgress, Token
@@ -30,17 +31,13 @@ class Request:
 
     Args:
         ids: the whole prompt.
-        slots: slots per layer, or one number a layer.
+        slots: slots per layer, which the policy may share out unevenly, or one number a layer.
         max_new_tokens: at most this many are written.
     """
 
     ids: Sequence[int]
     slots: int | Sequence[int]
     max_new_tokens: int
-
-    def per_layer(self, layers: int) -> list[int]:
-        """The slots of every layer."""
-        return [self.slots] * layers if isinstance(self.slots, int) else list(self.slots)
 
 
 @dataclass
@@ -81,7 +78,7 @@ class Engine:
         self.batch_size = batch_size
         self.sampling = sampling or Sampling()
         self.device: torch.device = next(model.parameters()).device
-        self.layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.windows = layer_windows(model.config)
         model.set_attn_implementation("auvsum")
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -112,7 +109,7 @@ class Engine:
             raise GenerationFailed("the prompt is empty", "give it a document")
         start = time.perf_counter()
         total = len(request.ids)
-        cache.begin(total, row=number, slots=request.per_layer(self.layers))
+        cache.begin(total, row=number, slots=request.slots)
         logits = torch.empty(0)
         for done in range(0, total, self.chunk or total):
             ids = request.ids[done : done + (self.chunk or total)]
@@ -184,10 +181,17 @@ class Engine:
 
     def _cache_for(self, waiting: Iterable[tuple[int, Request]]) -> BudgetedCache:
         """A cache for the documents that come first, as large as the largest of them needs."""
-        first = [request.per_layer(self.layers) for _, request in waiting][: self.batch_size]
+        first = [self._per_layer(request) for _, request in waiting][: self.batch_size]
         slots = [max(layer) for layer in zip(*first, strict=True)]
         return BudgetedCache(self.model.config, self.policy, slots, batch=len(first))
 
+    def _per_layer(self, request: Request) -> list[int]:
+        """The slots of every layer; a layer with a sliding window has its own."""
+        if not isinstance(request.slots, int):
+            return list(request.slots)
+        shared = iter(self.policy.layer_slots(request.slots, self.windows.count(None), len(request.ids)))
+        return [next(shared) if window is None else window for window in self.windows]
+
     def _fits(self, request: Request, cache: BudgetedCache) -> bool:
         """Whether a document's budget fits the slots there are; otherwise it waits for the next cache."""
-        return all(mine <= theirs for mine, theirs in zip(request.per_layer(self.layers), cache.slots, strict=True))
+        return all(mine <= theirs for mine, theirs in zip(self._per_layer(request), cache.slots, strict=True))

@@ -197,12 +197,15 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype | None:
 
 
 def _shape(config: Any, dtype: torch.dtype) -> CacheShape:
+    from auvsum.cache.sliding import layer_windows
+
     heads = config.num_attention_heads
     return CacheShape(
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         element_bytes=dtype.itemsize,
+        windows=tuple(window for window in layer_windows(config) if window is not None),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from auvsum import BudgetedCache
 from auvsum.budget import size
+from auvsum.cache.sliding import layer_windows
 
 _VOCABULARY, _POSITIONS, _LAYERS = 128, 512, 3
 _PROMPT, _NEW = 48, 24
@@ -47,13 +49,32 @@ def run() -> list[Check]:
     return checks
 
 
+def check_model(path: Path) -> list[Check]:
+    """The first promise for a model folder, whatever its architecture: fp32 on the CPU, its own tokens.
+
+    A model that does not go through transformers' attention interface, or attends in a way that a slot store cannot
+    serve, fails here.
+    """
+    name = "unbound budget equals transformers (this model)"
+    try:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+        ok, detail = _same_tokens(lambda: model)
+    except Exception as error:  # whatever a foreign architecture raises
+        ok, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return [Check(name, ok, detail)]
+
+
 def _same_tokens(build: Callable[[], Any]) -> tuple[bool, str]:
     model = build()
     prompt = _prompt(_PROMPT)
     expected = _generate(model, prompt)
     model.set_attn_implementation("auvsum")
-    # AUV keeps a write region beside the tokens: three times the length is enough for it never to evict.
-    cache = BudgetedCache(model.config, policy="auv", slots=3 * (_PROMPT + _NEW))
+    # AUV keeps a write region beside the tokens: three times the length is enough for it never to evict. Where every
+    # layer has a sliding window there is only the full cache.
+    slides = None not in layer_windows(model.config)
+    cache = BudgetedCache(model.config, **({"policy": "full"} if slides else {"slots": 3 * (_PROMPT + _NEW)}))
     found = _generate(model, prompt, cache)
     same = int((expected == found).all(dim=0).cumprod(0).sum()) - _PROMPT
     return same == _NEW, f"{same} of {_NEW} tokens equal"

@@ -55,6 +55,30 @@ class ChunkAttention:
         own = torch.arange(chunk, 0, -1, device=self.query.device, dtype=torch.float32)
         return torch.cat([own.new_full((self.past,), chunk), own])
 
+    def last_rows(self, count: int) -> Tensor:
+        """Probabilities of the chunk's last `count` queries, averaged over the query heads of each KV head.
+
+        Computed from the log-sum-exps that are there already: O(count · C) memory, one query head of a group at a time.
+
+        Returns:
+            fp32 `[G, count, past + T]`; 0 for keys that a query does not see.
+        """
+        _, heads, chunk, _ = self.query.shape
+        groups, columns = self.key.shape[1], self.key.shape[2]
+        repeats = heads // groups
+        query = self.query[0, :, chunk - count :].view(groups, repeats, count, -1)
+        lse = self.lse[0, :, chunk - count :].view(groups, repeats, count, 1)
+        rows = torch.arange(columns - count, columns, device=query.device)[:, None]
+        hidden = torch.arange(columns, device=query.device) > rows
+        key = self.key[0].float().transpose(-1, -2)
+        total = query.new_zeros((groups, count, columns), dtype=torch.float32)
+        for head in range(repeats):
+            logits = (query[:, head].float() @ key).mul_(self.scaling).masked_fill_(hidden, -torch.inf)
+            total += logits.sub_(lse[:, head]).exp_()
+        if self.past_valid is not None:
+            total[..., : self.past].masked_fill_(~self.past_valid[:, None], 0.0)
+        return total.div_(repeats)
+
     def column_sums(self, weights: Tensor | None = None) -> Tensor:
         """`Σ_i w_i · a[i, j]`, averaged over the query heads of each KV head.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from auvsum.cache.policy import Policy, ascending, keep_recent_and_best, token_columns
+from auvsum.cache.aggregation import aggregate_chunk, aggregate_step, count_usage
+from auvsum.cache.policy import Policy, ascending, keep_recent_and_best, make_policy
 from auvsum.cache.store import Held, SlotStore
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
@@ -22,11 +23,13 @@ class AUV(Policy):
         top_k: how many of a step's most attended keys count as used (§3.3); None for L.
         decay: α of eq. 6, in (0, 1].
         reconstruct: keep evicted tokens' average as one more slot (eqs. 7, 8).
+        eviction: `multi-step`; `single-step` is `auv-v3` and `naive` is `auv-v2`, which have only the option `top_k`.
     """
 
     top_k: int | None = None
     decay: float = 0.5
     reconstruct: bool = True
+    eviction: str = "multi-step"
 
     name: ClassVar[str] = "auv"
     paper: ClassVar[str] = "AUV: Efficient KV Cache Eviction via Attention Score Aggregation and Usage Count"
@@ -39,6 +42,23 @@ class AUV(Policy):
             raise PolicyError(f"top_k is {self.top_k}", "it must be at least 1")
         if not 0 < self.decay <= 1:
             raise PolicyError(f"decay is {self.decay}", "it must be above 0 and at most 1")
+        if self.eviction != "multi-step":
+            hint = "use make_policy, or one of multi-step, single-step, naive"
+            raise PolicyError(f"this class evicts in multi-step, not {self.eviction!r}", hint)
+
+    @classmethod
+    def build(cls, **options: Any) -> Policy:
+        """`eviction` chooses the step of the ladder; the other steps have neither decay nor a reconstructed slot."""
+        eviction = options.get("eviction", "multi-step")
+        step = {"single-step": "auv-v3", "naive": "auv-v2"}.get(str(eviction))
+        if step is None:
+            return super().build(**options)
+        rest = {name: value for name, value in options.items() if name != "eviction"}
+        if rest.pop("reconstruct", False) or rest.pop("decay", 1.0) != 1.0:
+            raise PolicyError(
+                f"eviction {eviction!r} has neither a reconstructed slot nor a decay", "leave reconstruct and decay out"
+            )
+        return make_policy(step, **rest)
 
     @property
     def keeps_reconstructed(self) -> bool:
@@ -62,14 +82,7 @@ class AUV(Policy):
     # -- prompt -------------------------------------------------------------------------------------------------------
 
     def observe_chunk(self, attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
-        """Eq. 2 over the chunk's rows: the running mean of `a[i, j] · N_i / N_max` over the rows that see j."""
-        weights = attention.keys_seen / store.longest[row]
-        sums = token_columns(attention.column_sums(weights), held)
-        rows = token_columns(attention.queries_seen, held)
-        aas, cnt = held.state["aas"], held.state["cnt"]
-        aas.mul_(cnt).add_(sums)
-        cnt.add_(rows)
-        aas.div_(cnt)
+        aggregate_chunk(attention, held, store, row)
 
     def choose(self, held: Held, capacity: int) -> Tensor | None:
         """The last L and the L highest AAS among the rest, once 3L tokens are there."""
@@ -85,32 +98,11 @@ class AUV(Policy):
 
     def observe(self, store: SlotStore, probabilities: Tensor) -> None:
         """Eqs. 3 and 4, the usage count, and at 3L the multi-step eviction."""
-        aas, cnt, usage = (store.state[name] for name in self.state)
-        keys_seen = store.valid.sum(-1, keepdim=True)
-        aas.mul_(cnt).addcmul_(probabilities, keys_seen / store.longest[:, None, None])
-        cnt.add_(1)
-        aas.div_(cnt)
-        local = store.capacity // 3
-        live = keys_seen[..., 0] - store.valid[..., store.slots :].sum(-1)
-        count = torch.minimum(local if self.top_k is None else local.new_tensor(self.top_k), live.amin(-1))
-        usage[..., : store.slots] += self._used(store, probabilities[..., : store.slots], count)
+        aggregate_step(store, probabilities)
+        count_usage(store, probabilities, store.capacity // 3, self.top_k)
         store.pointer += store.active
         for row in (store.pointer == store.capacity).nonzero()[:, 0].tolist():
             self._evict(store, row)
-
-    def _used(self, store: SlotStore, probabilities: Tensor, count: Tensor) -> Tensor:
-        """True at each row's `count` most attended live slots, `[B, G, S]`; on a tie the newer token wins."""
-        live = probabilities.masked_fill(~store.valid[..., : store.slots], -1.0)
-        order = live.sort(-1, descending=True).values
-        least = order.gather(-1, (count - 1)[:, None, None].expand(*order.shape[:2], 1))
-        above = live > least
-        at = live == least
-        wanted = count[:, None] - above.sum(-1)
-        if bool((at.sum(-1) == wanted).all()):
-            return above | at
-        # A tie across the border: rank the tied by age, newest first.
-        age = store.positions[..., : store.slots].masked_fill(~at, -1).argsort(-1, descending=True).argsort(-1)
-        return above | (at & (age < wanted[..., None]))
 
     def _evict(self, store: SlotStore, row: int) -> None:
         """Eqs. 5 to 8: the L least of the candidate region go, the write region takes their slots."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from auvsum.cache.policy import Policy, keep_recent_and_best, least, token_columns
+from auvsum.cache.policy import Policy, keep_recent_and_best, place_or_replace, token_columns
 from auvsum.cache.store import Held, SlotStore
 from auvsum.kernels.column_scores import ChunkAttention
 
@@ -32,19 +31,8 @@ class H2O(Policy):
         return keep_recent_and_best(held.state["score"], recent, capacity - recent)
 
     def place(self, store: SlotStore) -> Tensor:
-        """The next free slot, or, when all are live, that of the least score outside the newest `B // 2`.
-
-        The arriving token is one of the newest, so `B // 2 - 1` of the live ones are protected.
-        """
-        slots = store.slots
-        positions = store.positions[..., :slots]
-        protected = (store.capacity // 2 - 1)[:, None, None]
-        young = positions > (store.seen[:, None, None] - 1 - protected)
-        outside = ~store.valid[..., :slots] | young
-        scores = store.state["score"][..., :slots].masked_fill(outside, torch.inf)
-        victim = least(scores, positions)
-        pointer = store.pointer[:, None]
-        return torch.where(pointer < store.capacity[:, None], pointer.expand_as(victim), victim)
+        """The arriving token is one of the newest half, so `B // 2 - 1` of the live ones are protected."""
+        return place_or_replace(store, store.state["score"], store.capacity // 2 - 1)
 
     def observe(self, store: SlotStore, probabilities: Tensor) -> None:
         store.state["score"] += probabilities
