@@ -14,7 +14,7 @@ from auvsum.events import Finished
 from tests import tiny
 
 NEW = 24
-POLICIES = ["h2o", "auv"]
+POLICIES = ["h2o", "auv", "auv-v3", "auv-v4", "nacl", "snapkv", "pyramidkv", "tova", "streaming"]
 
 
 def prompts() -> list[tuple[int, ...]]:
@@ -45,7 +45,7 @@ def forced(model: object, start: Start, prompt: tuple[int, ...], teacher: tuple[
 @pytest.fixture(scope="module", params=["opt", "llama"])
 def both(request: pytest.FixtureRequest) -> tuple[object, list[tuple[Written, list[Written]]], list[Start]]:
     model = tiny.tiny_opt() if request.param == "opt" else tiny.tiny_llama()
-    starts = [Start(make_policy(name), slots) for name in POLICIES for slots in (13, 31)]
+    starts = [Start(make_policy(name), slots) for name in POLICIES for slots in (16, 31)]
     starts.append(Start(make_policy("full"), 200, prompt=prompts()[0][:20], group="cut"))
     return model, write_together(model, prompts(), [starts, starts], max_new_tokens=NEW), starts
 
