@@ -1,0 +1,316 @@
+"""What should prefill keep? Scores, budgets and bits beside each other, with the choice frozen during decode.
+
+    python benchmarks/explore_prefill_choice.py --data-dir DIR --sets cnndm,beigebook,xsum5 --documents 24
+
+An exploration, quicker and rougher than `auvsum eval`: a prompt is read once with the full cache; its own greedy
+summary is the teacher. Then, for each way to score tokens, each way to share the budget out and each number of
+bits, one pass over the summary sees only the kept keys, and says how often the teacher's token still comes first
+and how many nats it lost. Nothing is evicted while the summary is read: all loss is in what prefill kept.
+
+Scores: h2o and AUV's aggregation with other exponents (Σ a (N_i/n)^p / cnt^γ), the instruction's queries (sum or
+max), `again` (the text is fed once more and each key gets its highest attention, as in KVzip; `again-sum` the sum),
+`draft` (the summary's first 16 tokens as queries), and `oracle` (the whole summary's queries: what cannot be
+known). Budgets: the same number for every layer; one ranking over layers, the heads of a layer alike; one over
+layers and heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from auvsum.engine.models import load
+from auvsum.kernels.column_scores import attend_chunk
+from auvsum.text.prompts import build_prompt
+
+SETTINGS = ((0.10, "16"), (0.30, "4-bit/32"), (0.12, "4-bit/32"), (0.06, "4-bit/32"))
+CODECS = ("8-bit/64", "4-bit/32", "4-bit/64", "4-bit/32 rotated", "4-bit/64 rotated", "3-bit/32", "3-bit/32 rotated")
+SHARING = ("layers alike", "over layers", "over heads")
+
+
+class Probe:
+    """The model with an attention of our own, and what it remembers of one prompt, layer by layer."""
+
+    def __init__(self, name: str | None, device: str) -> None:
+        self.loaded = load(name, device=device)
+        self.model: Any = self.loaded.model
+        config = self.model.config
+        self.layers, self.heads, self.groups = (
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.device = self.loaded.device
+        self.reads = True
+        self.memory: list[dict[str, Any]] = []
+        self.keep: list[Tensor] | None = None
+        self.codec = "16"
+        self.watch: Any = None
+        AttentionInterface.register("probe", self._attention)
+
+    def _attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float = 1.0, **_: Any
+    ) -> tuple[Tensor, None]:
+        at = self.memory[module.layer_idx]
+        if self.reads:
+            out, at["chunk"] = attend_chunk(query, key, value, scaling, 0)
+            at.update(key=key[0], value=value[0], query=query[0], scaling=scaling)
+            return out.transpose(1, 2), None
+        tokens = query.shape[2]
+        grouped = query[0].float().view(self.groups, -1, tokens, query.shape[-1])
+        held, content = self._coded(at)
+        logits = grouped @ held.float()[:, None].transpose(-1, -2) * scaling
+        if self.keep is not None:
+            logits = logits.masked_fill(~self.keep[module.layer_idx][:, None, None], -1e30)
+        own = grouped @ key[0].float()[:, None].transpose(-1, -2) * scaling
+        own = own.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool, device=self.device).tril(), -1e30)
+        probabilities = torch.cat([logits, own], -1).softmax(-1)
+        size = held.shape[1]
+        if self.watch is not None:
+            self.watch(module.layer_idx, probabilities[..., :size])
+        mixed = (
+            probabilities[..., :size] @ content.float()[:, None] + probabilities[..., size:] @ value[0].float()[:, None]
+        )
+        return mixed.reshape(1, self.heads, tokens, -1).transpose(1, 2).to(query.dtype), None
+
+    def _coded(self, at: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.codec not in at:
+            at[self.codec] = tuple(coded(at[name], self.codec) for name in ("key", "value"))
+        pair: tuple[Tensor, Tensor] = at[self.codec]
+        return pair
+
+    @torch.no_grad()
+    def read(self, ids: list[int]) -> None:
+        """The prompt, with the full cache."""
+        self.model.set_attn_implementation("probe")
+        self.memory, self.reads = [{} for _ in range(self.layers)], True
+        self.model(torch.tensor([ids], device=self.device), use_cache=False, logits_to_keep=1)
+        self.reads = False
+
+    @torch.no_grad()
+    def write(self, ids: list[int], most: int) -> list[int]:
+        """The full cache's greedy summary."""
+        self.model.set_attn_implementation("sdpa")
+        prompt = torch.tensor([ids], device=self.device)
+        out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, do_sample=False)
+        self.model.set_attn_implementation("probe")
+        written: list[int] = out[0, len(ids) :].tolist()
+        return written
+
+    @torch.no_grad()
+    def after(self, ids: list[int], start: int) -> Tensor:
+        """Logits of tokens behind the remembered prompt, fp32 `[T, V]`."""
+        tokens = torch.tensor([ids], device=self.device)
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
+        logits: Tensor = self.model(tokens, position_ids=positions, use_cache=False).logits[0].float()
+        return logits
+
+    def loss(self, keep: list[Tensor] | None, codec: str, summary: list[int], start: int) -> tuple[float, Tensor]:
+        """Agreement with the teacher, and nats of each of its tokens after the first."""
+        self.keep, self.codec = keep, codec
+        logits = self.after(summary[:-1], start)
+        self.keep, self.codec = None, "16"
+        target = torch.tensor(summary[1:], device=self.device)
+        nats = -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        return float((logits.argmax(-1) == target).float().mean()), nats
+
+
+def coded(x: Tensor, codec: str) -> Tensor:
+    """What is left of keys or values `[G, n, D]` after `BITS-bit/GROUP [rotated]`: minimum, scale in fp16 a group."""
+    if codec == "16":
+        return x
+    bits, group = (int(part) for part in codec.removesuffix(" rotated").replace("-bit", "").split("/"))
+    size = x.shape[-1]
+    turn = torch.eye(size, device=x.device)
+    if codec.endswith("rotated"):
+        turn = torch.ones(1, 1, device=x.device)
+        while turn.shape[0] < size:
+            turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)], 0)
+        turn = turn / size**0.5
+    y = (x.float() @ turn).view(*x.shape[:-1], size // group, group)
+    low = y.amin(-1, keepdim=True).half().float()
+    scale = ((y.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
+    steps = ((y - low) / scale).round().clamp(0, 2**bits - 1)
+    return ((steps * scale + low).view_as(x) @ turn.T).to(x.dtype)
+
+
+def scores(probe: Probe, ids: list[int], document: tuple[int, int], summary: list[int]) -> dict[str, list[Tensor]]:
+    """Ways to score the prompt's tokens: for each, a list over layers of `[G, n]`."""
+    n = len(ids)
+    count = torch.arange(n, 0, -1, device=probe.device).float()
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    instruction = n - document[1]
+    for at in probe.memory:
+        chunk = at["chunk"]
+        plain, scaled = chunk.column_sums(), chunk.column_sums(chunk.keys_seen / n)
+        found["h2o (0, 0)"].append(plain)
+        found["auv (1, 1)"].append(scaled / count)
+        found["(1, .5)"].append(scaled / count**0.5)
+        found["(0, -.5)"].append(plain * count**0.5)
+        found["(0, .5)"].append(plain / count**0.5)
+        last = at["query"][:, -instruction:].float().view(probe.groups, -1, instruction, at["query"].shape[-1])
+        logits = last @ at["key"].float()[:, None].transpose(-1, -2) * at["scaling"]
+        later = (
+            torch.arange(n, device=probe.device)[None] > torch.arange(n - instruction, n, device=probe.device)[:, None]
+        )
+        seen = logits.masked_fill(later, -1e30).softmax(-1)
+        found["instruction-sum"].append(seen.sum(2).mean(1))
+        found["instruction"].append(seen.amax((1, 2)))
+    again = probe.loaded.tokenizer("\n\nRepeat the text above:\n", add_special_tokens=False).input_ids
+    for name, queries in (("again", again + ids[slice(*document)]), ("draft", summary[:16]), ("oracle", summary)):
+        found[name], found[f"{name}-sum"] = second_look(probe, queries, n)
+    found["again+instruction+draft"] = [
+        torch.stack(three).amax(0) for three in zip(found["again"], found["instruction"], found["draft"], strict=True)
+    ]
+    return found
+
+
+def second_look(probe: Probe, queries: list[int], n: int, chunk: int = 2048) -> tuple[list[Tensor], list[Tensor]]:
+    """Highest, and summed, attention that more tokens behind the prompt pay to its keys."""
+    highest = [torch.zeros(probe.groups, n, device=probe.device) for _ in range(probe.layers)]
+    total = [torch.zeros(probe.groups, n, device=probe.device) for _ in range(probe.layers)]
+
+    def watch(layer: int, probabilities: Tensor) -> None:
+        highest[layer] = torch.maximum(highest[layer], probabilities.amax((1, 2)))
+        total[layer] += probabilities.mean(1).sum(1)
+
+    probe.watch = watch
+    for start in range(0, len(queries), chunk):
+        probe.after(queries[start : start + chunk], n)
+    probe.watch = None
+    return highest, total
+
+
+def choose(ranking: list[Tensor], share: float, sharing: str, document: tuple[int, int], protect: bool) -> list[Tensor]:
+    """Which tokens stay: bool `[G, n]` a layer; a small local area always, and the frame when it leaves room."""
+    groups, n = ranking[0].shape
+    budget, local = max(1, int(share * n)), max(8, int(share * n / 8))
+    must = torch.zeros(n, dtype=torch.bool, device=ranking[0].device)
+    must[n - local :] = True
+    frame = torch.ones_like(must)
+    frame[slice(*document)] = False
+    if protect and int(frame.sum()) <= share * n * 0.7:
+        must |= frame
+    stack = torch.stack([score.masked_fill(must, torch.inf) for score in ranking])
+    layers = len(ranking)
+    if sharing == "layers alike":
+        return list(torch.zeros_like(stack, dtype=torch.bool).scatter(-1, stack.topk(budget, -1).indices, True))
+    flat = stack.flatten()
+    best = flat.topk(budget * layers * groups)
+    if sharing == "over heads":
+        return list(torch.zeros_like(flat, dtype=torch.bool).scatter(0, best.indices, True).view_as(stack))
+    counts = (stack >= best.values[-1]).float().sum((1, 2)) / groups
+    counts = counts.clamp_min(max(int(must.sum()), budget // 10))
+    counts = (counts * (budget * layers / counts.sum())).floor().long().clamp(1, n)
+    return [
+        torch.zeros_like(layer, dtype=torch.bool).scatter(-1, layer.topk(int(count), -1).indices, True)
+        for layer, count in zip(stack, counts, strict=True)
+    ]
+
+
+def documents(
+    probe: Probe, name: str, data: Path, number: int, longest: int
+) -> list[tuple[list[int], tuple[int, int]]]:
+    """Prompts as token ids, each with the span of its document; `xsum5` has five examples before it."""
+    tokenizer: Any = probe.loaded.tokenizer
+    few = name == "xsum5"
+    lines = (data / f"{'xsum' if few else name}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    random.Random(1 if few else 0).shuffle(rows)
+    found = []
+    for i, row in enumerate(rows[:number]):
+        if few:
+            ask = "\n\nSummarize the above article in 1 sentence.\n"
+            shots = rows[400 + i * 5 % 95 :][:5]
+            texts = [f"###\nArticle: {' '.join(s['document'].split()[:150])}{ask}{s['summary']}\n\n" for s in shots]
+            head, body, tail = (
+                tokenizer(text, add_special_tokens=False).input_ids
+                for text in ("".join(texts) + "###\nArticle: ", row["document"], ask)
+            )
+            body = body[:600]
+            found.append((head + body + tail, (len(head), len(head) + len(body))))
+            continue
+        prompt = build_prompt(tokenizer, row["document"], sentences=3)
+        start, end = prompt.document
+        ids = list(prompt.ids[: min(end, start + longest)] + prompt.ids[end:])
+        found.append((ids, (start, min(end, start + longest))))
+    return found
+
+
+def explore(
+    probe: Probe, name: str, prompts: list[tuple[list[int], tuple[int, int]]], seconds: float
+) -> dict[str, Any]:
+    """All settings on a set of documents, as many as the time allows."""
+    results: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    began, done = time.perf_counter(), 0
+    for ids, document in prompts:
+        if time.perf_counter() - began > seconds:
+            break
+        n = len(ids)
+        probe.read(ids)
+        summary = probe.write(ids, 40 if name == "xsum5" else 80)
+        if len(summary) < 8:
+            continue
+        _, reference = probe.loss(None, "16", summary, n)
+
+        def note(key: str, keep: list[Tensor] | None, codec: str) -> None:
+            agreement, nats = probe.loss(keep, codec, summary, n)  # noqa: B023
+            results[key].append((agreement, float((nats - reference).mean())))  # noqa: B023
+
+        for score, ranking in scores(probe, ids, document, summary).items():
+            for share, codec in SETTINGS:
+                for sharing in SHARING:
+                    keep = choose(ranking, share, sharing, document, name != "xsum5")
+                    note(f"{share:.0%} of tokens, {codec} | {score} | {sharing}", keep, codec)
+        for codec in CODECS:
+            note(f"100% of tokens, {codec} | full | -", None, codec)
+        done += 1
+    table = {
+        key: {"agreement": statistics.fmean(a for a, _ in found), "nats_lost": statistics.fmean(b for _, b in found)}
+        for key, found in results.items()
+    }
+    return {"set": name, "documents": done, "rows": table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, help="folder with cnndm.jsonl, beigebook.jsonl, xsum.jsonl"
+    )
+    parser.add_argument("--sets", default="cnndm,beigebook,xsum5")
+    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--longest", type=int, default=4000, help="document tokens read")
+    parser.add_argument("--seconds", type=float, default=600, help="at most this long a set")
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    probe = Probe(args.model, args.device)
+    found = []
+    for name in args.sets.split(","):
+        prompts = documents(probe, name, args.data_dir, args.documents, args.longest)
+        result = explore(probe, name, prompts, args.seconds)
+        found.append(result)
+        print(f"\n{name}: {result['documents']} documents")
+        groups = defaultdict(list)
+        for key, row in result["rows"].items():
+            groups[key.split(" | ")[0]].append((row["nats_lost"], row["agreement"], key))
+        for setting, rows in groups.items():
+            print(f"  {setting}")
+            for nats, agreement, key in sorted(rows)[:10]:
+                print(f"    {' | '.join(key.split(' | ')[1:]):45s} agreement {agreement:.3f}  nats lost {nats:.3f}")
+    print(json.dumps({"machine": common.machine(), "model": probe.loaded.name, "sets": found}))
+
+
+if __name__ == "__main__":
+    main()
