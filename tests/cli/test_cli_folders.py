@@ -61,7 +61,7 @@ def test_folder_is_mirrored_and_resumed(cli: Any, run: Any) -> None:
     assert [record["output"] for record in records] == ["a.md.txt", "a.txt", "sub/b.txt", None]
     assert records[2]["id"] == "sub/b.txt"
     assert records[2]["source"] == str(cli.folder / "in" / "sub" / "b.txt")
-    assert records[3]["error"]["kind"] == "document-binary"
+    assert records[3]["error"]["kind"] == "document-unreadable"
 
     result = run("in", "-O", "out")
     assert result.code == 1
@@ -217,7 +217,7 @@ def test_failures_keep_their_place(model: str, batch_size: str) -> None:
     given[1] = Failure("1", "/d/1", DocumentEmpty("empty"), summarizer(model).settings)
     given[3] = Document("/d/3", SENTENCE * 400, "utf-8", ("odd",))
     given[4] = Document("/d/4", SENTENCE, "utf-8", ("odd",))
-    results = list(summarizer(model, batch_size=batch_size).run(given))
+    results = list(summarizer(model, batch_size=batch_size, strategy="single").run(given))
     assert [result.id for result in results] == [str(n) for n in range(5)]
     assert texts(results)[1] == "document-empty"
     assert texts(results)[3] == "document-too-long"

@@ -73,7 +73,7 @@ def test_what_is_held_equals_a_cache_with_those_positions() -> None:
     # The first layer's keys depend on token and position alone, so they can be had without any of this.
     literal = BudgetedCache(model.config, "full", 130)
     engine._read(literal, 0, prompt, 0)
-    assert cache.settle(0) == 40
+    assert cache.end_prompt(0) == 40
     for head in range(cache.layers[0].store.positions.shape[1]):
         kept = cache.layers[0].store.snapshot(0, head)
         whole = literal.layers[0].store.snapshot(0, head)
