@@ -215,9 +215,14 @@ def cost_line(record: dict[str, Any]) -> str:
 
 
 def score_line(record: dict[str, Any]) -> str:
-    """The scores of a summary against its reference, in percent."""
-    scores = " · ".join(f"{name} {value}" for name, value in record["score"].items())
-    return f"{record['id']}: {scores}"
+    """The scores of a summary against its reference, in percent, and what BERTScore's depends on."""
+    found = dict(record["score"])
+    encoder = found.pop("encoder")
+    if found["bertscore"] is None:
+        del found["bertscore"]
+        encoder = f"no BERTScore: type auvsum models pull {encoder}"
+    scores = " · ".join(f"{name} {value}" for name, value in found.items())
+    return f"{record['id']}: {scores} ({encoder})"
 
 
 def _reference(choices: Choices) -> str | None:
