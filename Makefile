@@ -26,7 +26,7 @@ help:
 	@echo 'make clean   remove $(VENV) and caches (the fetched model stays in your cache directory)'
 
 demo: $(STAMP)
-	$(call run,auvsum models pull)
+	$(call run,auvsum models pull >&2)
 	$(call run,auvsum summarize $(REPORT) --budget $(BUDGET))
 	$(call run,auvsum summarize $(REPORT) --budget 4%)
 

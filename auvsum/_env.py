@@ -1,4 +1,4 @@
-"""The environment that quiet, offline runs need. Call `prepare` before the first import of transformers.
+"""The environment that quiet, offline runs need. Call `prepare` before the first import of torch and transformers.
 
 huggingface_hub and transformers read these variables once, when they are imported; where they are in already (a
 notebook), `prepare` sets what they read instead. A variable that the user has set is left alone.
@@ -15,14 +15,17 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+#: A thread that waits for another gives its core away almost at once. libgomp's own choice, to spin for milliseconds,
+#: makes every small operation 25 times slower as soon as another process wants one of the cores (docs/LOG.md).
+_PATIENT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 _OFFLINE = "HF_HUB_OFFLINE"
 #: Set when the switch was thrown here and not by the user, so that `prepare(download=True)` may throw it back.
 _MINE = "AUVSUM_SET_HF_HUB_OFFLINE"
 
 
 def prepare(download: bool = False) -> None:
-    """Silences the Hugging Face libraries, and keeps them off the network unless `download`."""
-    for name, value in _QUIET.items():
+    """Silences the Hugging Face libraries, keeps them off the network unless `download`, and lets threads wait well."""
+    for name, value in {**_QUIET, **({} if "OMP_WAIT_POLICY" in os.environ else _PATIENT)}.items():
         os.environ.setdefault(name, value)
     if download and os.environ.get(_MINE) == "1":
         os.environ.pop(_OFFLINE, None)

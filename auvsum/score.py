@@ -1,4 +1,4 @@
-"""A summary against a reference summary: ROUGE and BERTScore. Heavy libraries are imported when a score is asked for."""
+"""A summary against a reference summary: ROUGE and BERTScore. Heavy libraries are imported when asked for."""
 
 from __future__ import annotations
 
