@@ -7,6 +7,8 @@ query a row over the row's slots.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,6 +104,10 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
 def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One decode step of every row. Returns `[B, 1, H, D]`."""
     store, policy = layer.store, layer.policy
+    kernel = fused_step(query.device.type)
+    if kernel is not None and kernel.supports(policy, store):
+        fused: Tensor = kernel.step(policy, store, query, key, value, scale)
+        return fused
     batch, heads, _, size = query.shape
     groups = key.shape[1]
     store.append(policy.place(store), key[:, :, 0], value[:, :, 0])
@@ -112,6 +118,18 @@ def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
     out = probabilities.to(values.dtype) @ values
     policy.observe(store, probabilities.mean(2))
     return out.view(batch, 1, heads, size)
+
+
+@functools.cache
+def fused_step(device: str) -> ModuleType | None:
+    """The decode step's kernel for a type of device; None where the plain torch step runs."""
+    if device != "cuda":
+        return None
+    try:
+        from auvsum.kernels import decode_step
+    except ImportError:  # no Triton
+        return None
+    return decode_step
 
 
 def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

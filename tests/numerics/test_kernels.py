@@ -1,0 +1,192 @@
+"""The Triton kernels against the plain torch step and `kernels/reference.py`.
+
+On a machine with a GPU they run on it; elsewhere under Triton's interpreter (`TRITON_INTERPRET=1` before the first
+import of triton, which this module sets), in a process of their own where triton was imported without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from auvsum.cache.policies.auv import AUV
+from auvsum.cache.policies.full import Full
+from auvsum.cache.policies.h2o import H2O
+from auvsum.cache.policy import Policy
+from auvsum.cache.store import SlotStore
+from auvsum.kernels import decode_step, reference
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def make_store(policy: Policy, slots: int, batch: int, groups: int, size: int, dtype: torch.dtype) -> SlotStore:
+    return SlotStore(
+        batch=batch, kv_heads=groups, slots=policy.capacity(slots), head_dim=size, dtype=dtype, device=DEVICE,
+        state=policy.state, reconstruct=policy.keeps_reconstructed,
+    )  # fmt: skip
+
+
+def plain_step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The step of `auvsum.cache.attention` in fp32 whatever the type of the store."""
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
+    store.append(policy.place(store), key[:, :, 0], value[:, :, 0])
+    keys, values = (memory.float() for memory in store.read())
+    out, probabilities = reference.decode_attention(query[:, :, 0].float(), keys, values, store.valid, scale)
+    policy.observe(store, probabilities.view(batch, groups, heads // groups, -1).mean(2))
+    return out.view(batch, 1, heads, size)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    expected, actual = expected.double(), actual.double()
+    assert bool(actual.isfinite().all()), what
+    error = (actual - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def compare_stores(fused: SlotStore, plain: SlotStore, tolerance: float, when: str) -> None:
+    assert fused.pointer.tolist() == plain.pointer.tolist(), when
+    assert fused.seen.tolist() == plain.seen.tolist(), when
+    for row in range(fused.positions.shape[0]):
+        for head in range(fused.positions.shape[1]):
+            got, want = fused.snapshot(row, head), plain.snapshot(row, head)
+            where = f"{when}, row {row}, head {head}"
+            assert got["positions"] == want["positions"], where
+            for name, values in want["state"].items():
+                close(torch.tensor(got["state"][name]), torch.tensor(values), tolerance, f"{where}: {name}")
+            assert torch.equal(got["keys"], want["keys"]), where
+            assert torch.equal(got["values"], want["values"]), where
+            assert (got["reconstructed"] is None) == (want["reconstructed"] is None), where
+            if want["reconstructed"] is not None:
+                for name in ("key", "value", "mass"):
+                    a, b = (torch.as_tensor(side["reconstructed"][name]) for side in (got, want))
+                    close(a, b, 10 * tolerance, f"{where}: reconstructed {name}")
+
+
+POLICIES: dict[str, Policy] = {
+    "auv": AUV(),
+    "auv top 3, no slot": AUV(top_k=3, reconstruct=False, decay=0.8),
+    "h2o": H2O(),
+    "full": Full(),
+}
+#: heads, KV heads, head size, slots: odd lengths, several blocks, grouped-query, sizes that are no power of two.
+SHAPES = {
+    "one head": (1, 1, 32, 7),
+    "opt": (3, 3, 128, 13),
+    "grouped": (6, 2, 64, 16),
+    "80": (2, 2, 80, 10),
+    "wide": (8, 1, 256, 140),
+    "many slots": (2, 1, 64, 400),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32])
+def test_decode_step_equals_the_plain_one(name: str, shape: str, dtype: torch.dtype) -> None:
+    """Rows in different phases, one of them at rest, over several evictions; fresh random inputs every step."""
+    heads, groups, size, slots = SHAPES[shape]
+    policy = POLICIES[name]
+    torch.manual_seed(hash((name, shape, str(dtype))) % 2**31)
+    batch, scale = 3, size**-0.5
+    plain = make_store(policy, slots, batch, groups, size, dtype)
+    plain.capacity[1] = policy.capacity(max(6, slots // 2))
+    plain.longest[:] = torch.tensor([slots, 2 * slots, 5], device=DEVICE)
+    plain.active[2] = False
+    fused = copy.deepcopy(plain)
+    capacity = plain.capacity.tolist()
+    start = 0
+    if slots > 100 and not CUDA:  # the interpreter is slow: begin with nearly full rows
+        for row in range(2):
+            kept = capacity[row] - 3
+            for store in (plain, fused):
+                generator = torch.Generator(DEVICE).manual_seed(row)
+                draw = lambda *s, g=generator: torch.randn(s, generator=g, device=DEVICE)  # noqa: E731
+                store.keys[0][row, :, :kept] = draw(groups, kept, size).to(dtype)
+                store.values[0][row, :, :kept] = draw(groups, kept, size).to(dtype)
+                store.positions[row, :, :kept] = torch.arange(kept, dtype=torch.int32, device=DEVICE)
+                store.valid[row, :, :kept] = True
+                for values in store.state.values():
+                    values[row, :, :kept] = draw(groups, kept).abs() + 0.1
+                store.pointer[row] = store.seen[row] = kept
+        start = 1
+    steps = 5 if start else 2 * slots if CUDA else slots + 5
+    if name == "full":
+        steps = min(steps, min(capacity[:2]) - int(plain.pointer.max()) if not start else 3)
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    for number in range(steps):
+        query = (torch.randn(batch, heads, 1, size, device=DEVICE) * 2).to(dtype)
+        key, value = (torch.randn(batch, groups, 1, size, device=DEVICE).to(dtype) for _ in range(2))
+        if number == steps // 2:  # a row that stops, as finished documents do
+            for store in (plain, fused):
+                store.active[0] = False
+        if number == steps // 2 + 1:
+            for store in (plain, fused):
+                store.active[0] = True
+        before = copy.deepcopy(plain) if not bool(plain.active.all()) else plain
+        wanted = plain_step(policy, plain, query, key, value, scale)
+        for row in (~plain.active).nonzero()[:, 0].tolist():  # what a row at rest holds means nothing: restore it
+            restore(plain, before, row)
+        got = decode_step.step(policy, fused, query, key, value, scale)
+        on = plain.active
+        close(got[on], wanted[on], tolerance, f"step {number}: output")
+        assert bool((got[~on] == 0).all())
+        if number % 5 == 0 or number > steps - 4 or start:
+            # Half precision rounds the reconstructed slot: from the first eviction on scores may differ by that.
+            compare_stores(fused, plain, 2e-4 if dtype == torch.float32 else tolerance, f"step {number}")
+
+
+def restore(store: SlotStore, before: SlotStore, row: int) -> None:
+    for name in ("positions", "valid", "pointer", "seen"):
+        getattr(store, name)[row] = getattr(before, name)[row]
+    for name, values in store.state.items():
+        values[row] = before.state[name][row]
+    store.keys[0][row], store.values[0][row] = before.keys[0][row], before.values[0][row]
+    if store.reconstruct:
+        for name in ("folded_key", "folded_value", "folded_mass"):
+            getattr(store, name)[row] = getattr(before, name)[row]
+
+
+@pytest.mark.parametrize("slots", [10, 200])
+def test_ties_are_broken_by_age(slots: int) -> None:
+    """Equal keys give equal probabilities: the newer counts as used, the older is evicted first."""
+    policy, size = AUV(top_k=2), 32
+    plain = make_store(policy, slots, 1, 1, size, torch.float32)
+    plain.longest[:] = 8
+    kept = int(plain.capacity[0]) - 2
+    plain.positions[0, 0, :kept] = torch.randperm(kept, device=DEVICE).int()
+    plain.valid[0, 0, :kept] = True
+    plain.pointer[:] = plain.seen[:] = kept
+    for name in policy.state:
+        plain.state[name][0, 0, :kept] = 1.0
+    fused = copy.deepcopy(plain)
+    zero = torch.zeros(1, 1, 1, size, device=DEVICE)
+    for number in range(3):
+        value = torch.randn(1, 1, 1, size, device=DEVICE)
+        plain_step(policy, plain, zero, zero, value, 1.0)
+        decode_step.step(policy, fused, zero, zero, value, 1.0)
+        compare_stores(fused, plain, 1e-5, f"step {number}")
+    assert plain.live(0) == int(plain.capacity[0]) // 3 * 2 + 1
+
+
+def test_decode_attention_is_softmax() -> None:
+    query, keys, values = torch.randn(2, 4, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    valid = torch.ones(2, 2, 5, dtype=torch.bool)
+    out, probabilities = reference.decode_attention(query, keys, values, valid, 0.5)
+    logits = [math.exp(0.5 * float(query[1, 3] @ keys[1, 1, j])) for j in range(5)]
+    expected: Any = sum(w * values[1, 1, j] for j, w in enumerate(logits)) / sum(logits)
+    assert torch.allclose(out[1, 3], expected, atol=1e-5)
+    assert torch.allclose(probabilities[1, 3], torch.tensor(logits) / sum(logits), atol=1e-5)
