@@ -4,8 +4,8 @@
 #   make demo BUDGET=50%             another budget for the first summary
 
 PYTHON ?= python3
-BUDGET ?= 25%
-REPORT := samples/fire-administration.txt
+BUDGET ?= 35%
+REPORT := samples/money-bail.txt
 
 VENV := .venv
 STAMP := $(VENV)/installed

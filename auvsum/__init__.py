@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from auvsum._register import register_when_possible
 from auvsum._version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ _LAZY = {
     "Summarizer": "auvsum.summarize",
     "Summary": "auvsum.summarize",
 }
+
+
+register_when_possible()
 
 
 def __getattr__(name: str) -> Any:

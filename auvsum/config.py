@@ -39,6 +39,7 @@ class Settings:
     Attributes:
         chunk: tokens read at a time by the `stream` strategy.
         max_tokens: the most new tokens; `None` lets the requested length decide.
+        repetition_penalty: how strongly tokens that the summary already has are discouraged; 1 is not at all.
         template: `auto`, `chat`, `completion`, or the path of a YAML template.
 
     Raises:
@@ -63,6 +64,7 @@ class Settings:
     threads: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
+    repetition_penalty: float = 1.1
     seed: int = 0
     truncate: bool = False
     download: bool = False
@@ -83,6 +85,10 @@ class Settings:
             raise ConfigError(f"temperature must be 0 or more, not {self.temperature}", "0 takes the likeliest token")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be more than 0 and at most 1, not {self.top_p}", "1 samples from all tokens")
+        if not 1 <= self.repetition_penalty <= 10:
+            raise ConfigError(
+                f"repetition_penalty must be from 1 to 10, not {self.repetition_penalty}", "1 discourages nothing"
+            )
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device {self.device!r} is unknown", "use auto, cpu, cuda or cuda:1")
         parse_budget(self.budget, self.budget_scope)

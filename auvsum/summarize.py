@@ -125,9 +125,7 @@ class Summarizer:
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
         self.loaded = loaded
         self.settings = settings
-        self.policy = make_policy(settings.policy, **settings.policy_options)
-        if settings.kv_bits != 16:
-            raise PolicyError(f"{settings.kv_bits}-bit slots are not supported", "leave --kv-bits at 16")
+        self.policy = _policy(settings)
 
     @classmethod
     def from_pretrained(cls, model: str | None = None, **settings: Any) -> Summarizer:
@@ -142,7 +140,7 @@ class Summarizer:
     @classmethod
     def from_settings(cls, settings: Settings) -> Summarizer:
         """Loads the model that the settings name."""
-        make_policy(settings.policy, **settings.policy_options)  # a misspelt policy should not cost a model load
+        _policy(settings)  # a mistake in the settings should not cost a model load
         loaded = load(
             settings.model,
             device=settings.device,
@@ -189,6 +187,7 @@ class Summarizer:
         self,
         text: str,
         *,
+        plan: Plan | None = None,
         id: str = "document",
         source: str = "",
         on_event: Callable[[Event], None] | None = None,
@@ -197,20 +196,21 @@ class Summarizer:
         """Summarizes a text.
 
         Args:
+            plan: the text's `plan()`, when it has been made already.
             id, source: what the record calls the document.
             on_event: hears every engine event. on_text: hears the summary piece by piece as it is written.
 
         Raises:
             DocumentError: this document cannot be summarized. BudgetError: the budget is too small for it.
         """
-        plan = self.plan(text)
+        plan = plan or self.plan(text)
         settings = self.settings
         engine = Engine(
             self.loaded.model,
             plan.policy,
             eos_ids=self.loaded.eos_ids,
             chunk=settings.chunk if plan.strategy == "stream" else None,
-            sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
+            sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
         )
         summary = Summary(id, source, "", plan, settings, self.loaded, warnings=list(plan.warnings))
         pieces = _Pieces(self.loaded.tokenizer)
@@ -296,6 +296,13 @@ class Summarizer:
                     "use --policy auv, which evicts, or --budget auto",
                 )
         return self.policy, resolved(self.policy)
+
+
+def _policy(settings: Settings) -> Policy:
+    """The policy that the settings ask for."""
+    if settings.kv_bits != 16:
+        raise PolicyError(f"{settings.kv_bits}-bit slots are not supported", "leave --kv-bits at 16")
+    return make_policy(settings.policy, **settings.policy_options)
 
 
 def _record_head(id: str, source: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import common
 
 BUDGETS = ("4%", "10%")
-TEXT = common.ROOT / "samples" / "fire-administration.txt"
+TEXT = common.ROOT / "samples" / "money-bail.txt"
 
 
 @dataclass

@@ -14,13 +14,13 @@ from auvsum.cli.guard import guarded
 from auvsum.ui.console import Console
 
 if TYPE_CHECKING:
-    from auvsum.engine.models import ModelInfo
+    from auvsum.engine.catalogue import ModelInfo
 
 app = typer.Typer(help="Models: list them, bring one here, find its folder.")
 
 Name = Annotated[
     str | None,
-    typer.Argument(metavar="[NAME]", help="Short name, folder, or hub id; the default model without it."),
+    typer.Argument(metavar="NAME", help="Short name, folder, or hub id; the default model without it."),
 ]
 
 
@@ -40,7 +40,7 @@ def list_(
     console = Console(color.value, debug=debug)
 
     def work() -> int:
-        from auvsum.engine.models import listing
+        from auvsum.engine.catalogue import listing
 
         models = listing()
         if format is options.Format.json:

@@ -58,6 +58,9 @@ Dtype = Annotated[str | None, _option("auto, bf16, fp16 or fp32.", metavar="NAME
 Threads = Annotated[int | None, _option("CPU threads.", metavar="N")]
 Temperature = Annotated[float | None, _option("0 takes the likeliest token each time.", metavar="X")]
 TopP = Annotated[float | None, _option("Sample from the likeliest tokens up to this probability.", metavar="X")]
+RepetitionPenalty = Annotated[
+    float | None, _option("Discourage tokens the summary already has; 1 does not.", metavar="X")
+]
 Seed = Annotated[int | None, _option("Seed of the sampling.", metavar="N")]
 
 FormatOption = Annotated[Format, _option("The summary, or its whole record.", "--format")]

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 _SETTING_FLAGS = (
     *("model", "policy", "budget", "budget_scope", "kv_bits", "strategy", "chunk", "max_tokens", "sentences", "words"),
-    *("template", "instruction", "device", "dtype", "threads", "temperature", "top_p", "seed", "truncate", "download"),
+    *("template", "instruction", "device", "dtype", "threads", "temperature", "top_p"),
+    *("repetition_penalty", "seed", "truncate", "download"),
 )
 
 
 def command(
     ctx: typer.Context,
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files; - is standard input.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files; - is standard input.")],
     sentences: options.Sentences = None,
     words: options.Words = None,
     instruction: options.Instruction = None,
@@ -51,6 +52,7 @@ def command(
     threads: options.Threads = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     format: options.FormatOption = options.Format.text,
     dry_run: options.DryRun = False,

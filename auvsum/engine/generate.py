@@ -154,7 +154,7 @@ class Engine:
                 "the model produced logits that are not finite numbers",
                 "try --dtype fp32; `auvsum doctor` checks the model",
             )
-        return self.sampling.draw(logits, row.generator)
+        return self.sampling.draw(logits, row.written, row.generator)
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
