@@ -50,4 +50,11 @@ class Finished:
     kv_bytes: int
 
 
-Event = PrefillProgress | Prefilled | Token | Finished
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """How the engine works is not what one might expect, such as a slower path or a smaller batch; said once."""
+
+    text: str
+
+
+Event = PrefillProgress | Prefilled | Token | Finished | Notice

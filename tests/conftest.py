@@ -1,4 +1,4 @@
-"""Without a GPU Triton kernels are interpreted; triton reads this when it is first imported, so it comes first of all."""
+"""Without a GPU Triton kernels are interpreted. Triton reads this when it is first imported: so, first of all."""
 
 from __future__ import annotations
 

@@ -79,22 +79,15 @@ def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
 def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One row's chunk: attend, observe, choose, fill. Returns `[T, H, D]`."""
     store, policy = layer.store, layer.policy
-    if store.longest[row] == 0:
-        store.longest[row] = key.shape[2]
+    known = store.counts[row]
+    if known.longest == 0:
+        store.aim(row, key.shape[2])
     held = store.hold(row, key[0], value[0])
-    keys, values, past_valid = held.key[None], held.value[None], None
-    past = held.size - held.chunk
-    folded = store.reconstructed(row)
-    if folded is not None:
-        keys = torch.cat([folded[0][None], keys], 2)
-        values = torch.cat([folded[1][None], values], 2)
-        if not bool(folded[2].all()):
-            past_valid = torch.cat([folded[2], folded[2].new_ones((keys.shape[1], past))], 1)
-        past += 1
-    out, seen = attend_chunk(query, keys, values, scale, past, past_valid)
+    keys, values = held.key[None], held.value[None]
+    out, seen = attend_chunk(query, keys, values, scale, held.size - held.chunk, store.reconstructed(row))
     layer.count_prefill(keys, values, key, value)
     policy.observe_chunk(seen, held, store, row)
-    keep = policy.choose(held, int(store.capacity[row]))
+    keep = policy.choose(held, known.capacity)
     if keep is not None and store.reconstruct:
         evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)
         store.fold(row, held.key, held.value, evicted)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -114,7 +115,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.unread.discard(row)
         slots = self.row_slots.get(row)
         self.store.clear(row, None if slots is None else self.policy.capacity(slots))
-        self.store.longest[row] = self.longest.get(row, int(chunk == 1 and not self.reads_prompt))
+        self.store.aim(row, self.longest.get(row, int(chunk == 1 and not self.reads_prompt)))
 
     def _make_room(self, chunk: int) -> None:
         """Only the full cache of unknown length moves: a larger store takes over the old one's rows."""
@@ -133,6 +134,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         new.pointer.copy_(old.pointer)
         new.seen.copy_(old.seen)
         new.longest.copy_(old.longest)
+        new.epoch = old.epoch + 1
+        for known, grown in zip(old.counts, new.counts, strict=True):
+            grown.longest = known.longest
         self.unread = unread
 
     @staticmethod
@@ -233,6 +237,12 @@ class BudgetedCache(Cache):  # type: ignore[misc]
                 layer.row_slots[row] = number
             if layer.is_initialized:
                 layer.unread.add(row)
+
+    def allocate(self, *, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes every layer's store now instead of at its first token."""
+        nothing = torch.empty((self.layers[0].batch or 1, kv_heads, 0, head_dim), dtype=dtype, device=device)
+        for layer in self.layers:
+            layer.lazy_initialization(nothing, nothing)
 
     @contextmanager
     def reading(self, row: int) -> Iterator[None]:

@@ -5,8 +5,8 @@ the reconstructed slot, updates the state of AUV (eqs. 3 and 4, usage counts) or
 (eqs. 5 to 8). Pointer, tokens seen, capacity and activity are read from device tensors: rows differ in phase, the host
 is never asked, and the launch can be captured in a CUDA graph. The last program of a row advances its pointer.
 
-`auvsum.cache.attention` has the same step in plain torch, which is the truth that this file is tested against. Selection
-is exact: (score, position) is one 63-bit key, unique within a head.
+`auvsum.cache.attention` has the same step in plain torch, which is the truth that this file is tested against.
+Selection is exact: (score, position) is one 63-bit key, unique within a head.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _step_kernel(
         else:
             a = tl.zeros((PADDED,), tl.float32)
             tl.debug_barrier()
-            for head in range(0, REPEAT):
+            for head in range(REPEAT):
                 chosen = r == head
                 row = tl.load(logits_at + head * PADDED + slot, mask=slot < width, other=float("-inf"))
                 a += tl.exp(row - tl.sum(tl.where(chosen, most, 0.0), 0)) * tl.sum(tl.where(chosen, share, 0.0), 0)
@@ -159,13 +159,14 @@ def _step_kernel(
     next_pointer = pointer + 1
     if POLICY == 2:
         next_pointer = tl.minimum(next_pointer, capacity)
-    if POLICY == 1:
+    if POLICY == 1:  # noqa: SIM102  (known when compiled, the other is not)
         if next_pointer == capacity:
             local = (capacity // 3).to(tl.int32)
-            scratch = (b * GROUPS + g) * PADDED
+            head_id = b * GROUPS + g
+            scratch = head_id * PADDED
             evict(
                 aas, usage, position, keys, values, positions, valid, first, second, third,
-                folded_key + (b * GROUPS + g) * DIM, folded_value + (b * GROUPS + g) * DIM, folded_mass + b * GROUPS + g,
+                folded_key + head_id * DIM, folded_value + head_id * DIM, folded_mass + head_id,
                 weight_scratch + scratch, target_scratch + scratch, base, slots, local, decay,
                 RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED,
             )  # fmt: skip
@@ -182,6 +183,11 @@ def _step_kernel(
 def _tickets(device: torch.device, batch: int) -> Tensor:
     """How many heads of each row are done; every launch leaves zeros behind, so all layers share it."""
     return torch.zeros(batch, dtype=torch.int32, device=device)
+
+
+def _warps(tile: int) -> int:
+    """Warps a program."""
+    return 8 if tile >= 8192 else 4
 
 
 def supports(policy: Policy, store: SlotStore) -> bool:
@@ -232,7 +238,8 @@ def step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Te
         POLICY=_POLICIES[type(policy)], RECONSTRUCT=int(store.reconstruct), GROUPS=groups, REPEAT=repeat,
         REPEAT_PAD=max(16, triton.next_power_of_2(repeat)), DIM=size, DIM_PAD=dim_pad, BLOCK=block, PADDED=padded,
         UPCAST=query.dtype == torch.bfloat16 and query.device.type == "cpu",
-        num_warps=8 if block * dim_pad >= 8192 else 4,
+        num_warps=_warps(block * dim_pad),
         num_stages=2,
     )  # fmt: skip
+    store.decoded()
     return out

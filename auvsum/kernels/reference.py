@@ -41,9 +41,7 @@ def column_sums(query: Tensor, key: Tensor, weights: Tensor, scaling: float, pas
     return (probabilities.mean(2) * weights.to(probabilities.dtype)[:, None]).sum(-2)
 
 
-def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """One query a row over its slots, in the type of the arguments.
 
     Args:

@@ -1,7 +1,6 @@
 """The Triton kernels against the plain torch step and `kernels/reference.py`.
 
-On a machine with a GPU they run on it; elsewhere under Triton's interpreter (`TRITON_INTERPRET=1` before the first
-import of triton, which this module sets), in a process of their own where triton was imported without it.
+On a machine with a GPU they run on it; elsewhere under Triton's interpreter, which `tests/conftest.py` turns on.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-import os
 from typing import Any
 
 import pytest
@@ -18,17 +16,14 @@ from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from auvsum.cache.policies.auv import AUV
 from auvsum.cache.policies.full import Full
 from auvsum.cache.policies.h2o import H2O
 from auvsum.cache.policy import Policy
 from auvsum.cache.store import SlotStore
-from auvsum.kernels import decode_step, reference
+from auvsum.kernels import decode_step, reference, score_kernel
 
+CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
@@ -190,3 +185,23 @@ def test_decode_attention_is_softmax() -> None:
     expected: Any = sum(w * values[1, 1, j] for j, w in enumerate(logits)) / sum(logits)
     assert torch.allclose(out[1, 3], expected, atol=1e-5)
     assert torch.allclose(probabilities[1, 3], torch.tensor(logits) / sum(logits), atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "past", "chunk"), [
+    (2, 2, 32, 0, 37), (4, 2, 64, 70, 150), (3, 1, 80, 5, 129), (1, 1, 256, 0, 65), (2, 1, 128, 200, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("weighted", [True, False])
+def test_column_sums(heads: int, groups: int, size: int, past: int, chunk: int, weighted: bool) -> None:
+    dtype = torch.float16 if CUDA else torch.float32
+    query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
+    key = torch.randn(1, groups, past + chunk, size, device=DEVICE).to(dtype)
+    weights = torch.rand(groups, chunk, device=DEVICE) + 0.1 if weighted else None
+    scale = size**-0.5
+    logits = (query.double() @ key.double().repeat_interleave(heads // groups, 1).transpose(2, 3)) * scale
+    hidden = torch.ones(chunk, past + chunk, dtype=torch.bool, device=DEVICE).triu(past + 1)
+    lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1).float()
+    got = score_kernel.column_sums(query, key, lse, weights, scale, past)
+    for group in range(groups):
+        each = weights[group] if weights is not None else torch.ones(chunk, device=DEVICE)
+        wanted = reference.column_sums(query.double(), key.double(), each, scale, past)[0, group]
+        close(got[group], wanted, 1e-5, f"group {group}")
