@@ -64,6 +64,8 @@ def attention(
 
 def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
     """A chunk of a prompt for each row; padding takes no part and gets a zero output."""
+    if tokens is None and query.shape[0] == 1:
+        return _read_row(layer, layer.row or 0, query, key, value, scale)[None]
     out = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[-1]))
     for b in range(query.shape[0]):
         row = b if layer.row is None else layer.row
@@ -88,6 +90,10 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
     layer.count_prefill(keys, values, key, value)
     policy.observe_chunk(seen, held, store, row)
     keep = policy.choose(held, known.capacity)
+    kernel = fused_squeeze(query.device.type)
+    if kernel is not None and len(store.keys) == 1 and len(store.state) <= 3:
+        kernel.squeeze(store, row, held, keep, policy.folds_by)
+        return out[0].transpose(0, 1)
     if keep is not None and store.reconstruct:
         evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)
         store.fold(row, held.key, held.value, evicted)
@@ -124,6 +130,16 @@ def fused_step(device: str) -> ModuleType | None:
     except ImportError:  # no Triton
         return None
     return decode_step
+
+
+@functools.cache
+def fused_squeeze(device: str) -> ModuleType | None:
+    """The kernels that fill a row after a prompt, for a type of device; None where plain torch does."""
+    if fused_step(device) is None:
+        return None
+    from auvsum.kernels import squeeze
+
+    return squeeze
 
 
 def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from auvsum.cache import attention as _attention  # noqa: F401  (registers the attention function)
+from auvsum.cache import attention as _attention
 from auvsum.cache.policy import Policy, make_policy
 from auvsum.cache.store import SlotStore
 from auvsum.errors import PolicyError
@@ -114,8 +114,15 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """The first tokens of a row: its own budget and its constant N_max (0: to be set by the first chunk read)."""
         self.unread.discard(row)
         slots = self.row_slots.get(row)
-        self.store.clear(row, None if slots is None else self.policy.capacity(slots))
+        self.store.clear(row, None if slots is None else self.policy.capacity(slots), lazily=self._squeezes(chunk))
         self.store.aim(row, self.longest.get(row, int(chunk == 1 and not self.reads_prompt)))
+
+    def _squeezes(self, chunk: int) -> bool:
+        """Whether reading these tokens overwrites all that a row holds, in one launch."""
+        reads = chunk > 1 or self.reads_prompt
+        return (
+            reads and len(self.store.state) <= 3 and _attention.fused_squeeze(self.store.valid.device.type) is not None
+        )
 
     def _make_room(self, chunk: int) -> None:
         """Only the full cache of unknown length moves: a larger store takes over the old one's rows."""

@@ -112,20 +112,23 @@ class SlotStore:
 
     # -- whole rows ---------------------------------------------------------------------------------------------------
 
-    def clear(self, row: int, capacity: int | None = None) -> None:
+    def clear(self, row: int, capacity: int | None = None, *, lazily: bool = False) -> None:
         """Empties a row for the next document; no memory is given back or taken.
 
         Args:
             capacity: the row's own number of slots; default all of them.
+            lazily: only note it: `kernels/squeeze.py` overwrites the row before anybody reads it.
         """
         if capacity is not None and not 0 < capacity <= self.slots:
             raise ValueError(f"a row of {capacity} slots does not fit a store of {self.slots}")
+        self.counts[row] = Counts(capacity or self.slots, epoch=self.epoch)
+        if lazily:
+            return
         self.positions[row] = _NO_POSITION
         self.valid[row] = False
         for values in self.state.values():
             values[row] = 0
         self.capacity[row] = capacity or self.slots
-        self.counts[row] = Counts(capacity or self.slots, epoch=self.epoch)
         self.pointer[row] = 0
         self.seen[row] = 0
         self.active[row] = True

@@ -71,6 +71,26 @@ class _Streamed(nn.Module):
         return self.product(x, self.weight, self.bias, self.relu)
 
 
+class _Norm(nn.Module):
+    """A LayerNorm, or an RMSNorm as Llama's."""
+
+    def __init__(self, module: nn.Module, norm: Any) -> None:
+        super().__init__()
+        self.rms = not isinstance(module, nn.LayerNorm)
+        self.weight, self.bias = module.weight, getattr(module, "bias", None)
+        self.eps = module.variance_epsilon if self.rms else module.eps
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x, self.weight, self.bias, self.eps, self.rms)
+        return out
+
+
+def _is_norm(module: nn.Module) -> bool:
+    plain = type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1
+    return plain or type(module).__name__ == "LlamaRMSNorm"
+
+
 def _product(matvec: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     if x.numel() == x.shape[-1]:
         out: Tensor = matvec(x, weight, bias, relu)
@@ -87,6 +107,7 @@ def fuse(model: nn.Module) -> None:
     if getattr(model, "auvsum_fused", False):
         return
     from auvsum.kernels.matvec import matvec
+    from auvsum.kernels.norm import norm
 
     product = functools.partial(_product, matvec)
     for module in list(model.modules()):
@@ -100,6 +121,8 @@ def fuse(model: nn.Module) -> None:
         for name, layer in list(module.named_children()):
             if type(layer) is nn.Linear:
                 setattr(module, name, _Streamed(layer, product, relu and name == "fc1"))
+            elif _is_norm(layer):
+                setattr(module, name, _Norm(layer, norm))
         if relu:
             module.activation_fn = nn.Identity()
     model.auvsum_fused = True  # type: ignore[assignment]

@@ -1,9 +1,11 @@
-"""One decode step of one layer in one launch (Triton): append, attend, update the policy's state, evict.
+"""One decode step of one layer (Triton): a launch that appends, attends and updates the state, and one that evicts.
 
 A program is one KV head of one row. It writes the new token where the policy places it, attends over the live slots and
-the reconstructed slot, updates the state of AUV (eqs. 3 and 4, usage counts) or H2O, and, where its row is full, evicts
-(eqs. 5 to 8). Pointer, tokens seen, capacity and activity are read from device tensors: rows differ in phase, the host
-is never asked, and the launch can be captured in a CUDA graph. The last program of a row advances its pointer.
+the reconstructed slot, and updates the state of AUV (eqs. 3 and 4, usage counts) or H2O. A second launch, for AUV, ends
+at once except where a row is full, and evicts there (eqs. 5 to 8); in the first it would double the registers.
+
+Pointer, tokens seen, capacity and activity are read from device tensors: rows differ in phase, the host is never asked,
+and both launches can be captured in a CUDA graph. The last program of a row advances its pointer.
 
 `auvsum.cache.attention` has the same step in plain torch, which is the truth that this file is tested against.
 Selection is exact: (score, position) is one 63-bit key, unique within a head.
@@ -46,13 +48,13 @@ def _h2o_place(score, positions, valid, base, slots, pointer, capacity, seen, PA
     return tl.where(pointer < capacity, pointer.to(tl.int32), victim.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "slots"])
 def _step_kernel(
     query, new_key, new_value, out,
     keys, values, positions, valid, first, second, third,
-    capacity_, pointer_, seen_, longest_, active_, folded_key, folded_value, folded_mass,
-    tickets, logits_scratch, weight_scratch, target_scratch,
-    scale, top_k, decay,
+    capacity_, pointer_, seen_, longest_, active_,
+    tickets, logits_scratch,
+    scale, top_k,
     query_row, query_head, key_row, key_head, value_row, value_head, slots,
     POLICY: tl.constexpr, RECONSTRUCT: tl.constexpr, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
     REPEAT_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
@@ -159,24 +161,45 @@ def _step_kernel(
     next_pointer = pointer + 1
     if POLICY == 2:
         next_pointer = tl.minimum(next_pointer, capacity)
-    if POLICY == 1:  # noqa: SIM102  (known when compiled, the other is not)
-        if next_pointer == capacity:
-            local = (capacity // 3).to(tl.int32)
-            head_id = b * GROUPS + g
-            scratch = head_id * PADDED
-            evict(
-                aas, usage, position, keys, values, positions, valid, first, second, third,
-                folded_key + head_id * DIM, folded_value + head_id * DIM, folded_mass + head_id,
-                weight_scratch + scratch, target_scratch + scratch, base, slots, local, decay,
-                RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED,
-            )  # fmt: skip
-            next_pointer = (2 * local).to(tl.int64)
     # -- every program has read the row's pointer by the time its ticket is drawn; the last one moves it on
     tl.debug_barrier()
     if tl.atomic_add(tickets + b, 1) == GROUPS - 1:
         tl.store(tickets + b, 0)
         tl.store(pointer_ + b, next_pointer)
         tl.store(seen_ + b, seen + 1)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _evict_kernel(
+    keys, values, positions, valid, first, second, third, capacity_, pointer_, active_,
+    folded_key, folded_value, folded_mass, tickets, weight_scratch, target_scratch, decay, slots,
+    RECONSTRUCT: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """The eviction by itself: a program whose row is not full ends at once."""
+    program = tl.program_id(0)
+    b = (program // GROUPS).to(tl.int64)
+    head = program.to(tl.int64)
+    capacity = tl.load(capacity_ + b)
+    if (tl.load(pointer_ + b) != capacity) | (tl.load(active_ + b) == 0):
+        return
+    local = (capacity // 3).to(tl.int32)
+    base = head * (slots + RECONSTRUCT)
+    slot = tl.arange(0, PADDED)
+    inside = slot < 3 * local
+    aas = tl.load(first + base + slot, mask=inside, other=0.0)
+    usage = tl.load(third + base + slot, mask=inside, other=0.0)
+    position = tl.load(positions + base + slot, mask=inside, other=-1)
+    evict(
+        aas, usage, position, keys, values, positions, valid, first, second, third,
+        folded_key + head * DIM, folded_value + head * DIM, folded_mass + head,
+        weight_scratch + head * PADDED, target_scratch + head * PADDED, base, slots, local, decay,
+        RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED,
+    )  # fmt: skip
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + b, 1) == GROUPS - 1:
+        tl.store(tickets + b, 0)
+        tl.store(pointer_ + b, (2 * local).to(tl.int64))
 
 
 @functools.lru_cache(maxsize=16)
@@ -220,26 +243,31 @@ def step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Te
     repeat = heads // groups
     out = torch.empty((batch, 1, heads, size), dtype=query.dtype, device=query.device)
     scratch = functools.partial(torch.empty, device=query.device)
-    state = [store.state[name] for name in policy.state]
+    auv = policy if isinstance(policy, AUV) else None
     unused = store.longest
-    state += [unused] * (3 - len(state))
-    auv = isinstance(policy, AUV)
+    state = ([store.state[name] for name in policy.state] + [unused] * 3)[:3]
     folded = (store.folded_key, store.folded_value, store.folded_mass) if store.reconstruct else (unused,) * 3
+    tickets, active = _tickets(query.device, batch), store.active.view(torch.uint8)
+    warps = _warps(block * dim_pad)
+    memory = (store.keys[0], store.values[0], store.positions, store.valid.view(torch.uint8), *state)
+    sizes = {"DIM": size, "DIM_PAD": dim_pad, "BLOCK": block, "PADDED": padded}
     _step_kernel[(batch * groups,)](
-        query, key, value, out,
-        store.keys[0], store.values[0], store.positions, store.valid.view(torch.uint8), *state,
-        store.capacity, store.pointer, store.seen, store.longest, store.active.view(torch.uint8), *folded,
-        _tickets(query.device, batch),
+        query, key, value, out, *memory,
+        store.capacity, store.pointer, store.seen, store.longest, active, tickets,
         scratch(batch * heads * padded if padded != block else 1, dtype=torch.float32),
-        scratch(batch * groups * padded if auv else 1, dtype=torch.float32),
-        scratch(batch * groups * padded if auv else 1, dtype=torch.int32),
-        scale, (policy.top_k or 0) if isinstance(policy, AUV) else 0, policy.decay if isinstance(policy, AUV) else 1.0,
+        scale, (auv.top_k or 0) if auv else 0,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), store.slots,
         POLICY=_POLICIES[type(policy)], RECONSTRUCT=int(store.reconstruct), GROUPS=groups, REPEAT=repeat,
-        REPEAT_PAD=max(16, triton.next_power_of_2(repeat)), DIM=size, DIM_PAD=dim_pad, BLOCK=block, PADDED=padded,
+        REPEAT_PAD=max(16, triton.next_power_of_2(repeat)), **sizes,
         UPCAST=query.dtype == torch.bfloat16 and query.device.type == "cpu",
-        num_warps=_warps(block * dim_pad),
-        num_stages=2,
+        num_warps=warps, num_stages=2,
     )  # fmt: skip
+    if auv:
+        weights = scratch(batch * groups * padded, dtype=torch.float32)
+        targets = scratch(batch * groups * padded, dtype=torch.int32)
+        _evict_kernel[(batch * groups,)](
+            *memory, store.capacity, store.pointer, active, *folded, tickets, weights, targets, auv.decay, store.slots,
+            RECONSTRUCT=int(store.reconstruct), GROUPS=groups, **sizes, num_warps=warps,
+        )  # fmt: skip
     store.decoded()
     return out

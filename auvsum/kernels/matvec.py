@@ -36,7 +36,7 @@ def _matvec_kernel(
 
 
 def matvec(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, *, rows: int = 4, block: int = 1024,
+    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, *, rows: int = 2, block: int = 1024,
     warps: int = 4,
 ) -> Tensor:  # fmt: skip
     """`weight @ x + bias` with fp32 sums, and a ReLU on request.

@@ -12,16 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "past"])
 def _sums_kernel(
     query, key, lse, weights, out,
     query_head, query_token, key_head, key_token, scale, chunk, past,
     REPEAT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WEIGHTED: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1)
+    # The first programs to start are those with the most queries: the first keys, of every head.
+    g = tl.program_id(0)
+    block = tl.program_id(1)
     columns = past + chunk
-    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    j = block * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, DIM_PAD)
     k = tl.load(
         key + g * key_head + j[:, None].to(tl.int64) * key_token + d[None, :],
@@ -29,9 +31,9 @@ def _sums_kernel(
     )  # fmt: skip
     if UPCAST:
         k = k.to(tl.float32)
-    first = tl.maximum(tl.program_id(0) * BLOCK_K - past, 0) // BLOCK_Q * BLOCK_Q
+    first = tl.maximum(block * BLOCK_K - past, 0) // BLOCK_Q * BLOCK_Q
     # Queries from here on see the whole block of keys.
-    clear = tl.maximum(tl.program_id(0) * BLOCK_K + BLOCK_K - 1 - past, 0)
+    clear = tl.maximum(block * BLOCK_K + BLOCK_K - 1 - past, 0)
     clear = tl.minimum((clear + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, (chunk + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q)
     total = tl.zeros((BLOCK_K,), tl.float32)
     for r in range(REPEAT):
@@ -68,7 +70,7 @@ def _sums_kernel(
 
 def _blocks(dim_pad: int) -> tuple[int, int, int, int]:
     """Keys and queries a tile, warps and pipeline stages."""
-    return (128, 64, 8, 3) if dim_pad <= 128 else (64, 64, 4, 2)
+    return (128, 64, 4, 3) if dim_pad <= 128 else (64, 64, 4, 2)
 
 
 def column_sums(query: Tensor, key: Tensor, lse: Tensor, weights: Tensor | None, scaling: float, past: int) -> Tensor:
@@ -88,7 +90,7 @@ def column_sums(query: Tensor, key: Tensor, lse: Tensor, weights: Tensor | None,
     weights = None if weights is None else weights.contiguous()
     dim_pad = max(16, triton.next_power_of_2(size))
     block_k, block_q, warps, stages = _blocks(dim_pad)
-    _sums_kernel[(triton.cdiv(columns, block_k), groups)](
+    _sums_kernel[(groups, triton.cdiv(columns, block_k))](
         query, key, lse, lse if weights is None else weights, out,
         query.stride(1), query.stride(2), key.stride(1), key.stride(2), scaling, chunk, past,
         REPEAT=heads // groups, DIM=size, DIM_PAD=dim_pad, WEIGHTED=weights is not None,

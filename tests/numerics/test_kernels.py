@@ -21,7 +21,7 @@ from auvsum.cache.policies.full import Full
 from auvsum.cache.policies.h2o import H2O
 from auvsum.cache.policy import Policy
 from auvsum.cache.store import SlotStore
-from auvsum.kernels import decode_step, reference, score_kernel
+from auvsum.kernels import decode_step, matvec, norm, reference, score_kernel, squeeze
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -73,7 +73,7 @@ def compare_stores(fused: SlotStore, plain: SlotStore, tolerance: float, when: s
 
 POLICIES: dict[str, Policy] = {
     "auv": AUV(),
-    "auv top 3, no slot": AUV(top_k=3, reconstruct=False, decay=0.8),
+    "auv top 1, no slot": AUV(top_k=1, reconstruct=False, decay=0.8),
     "h2o": H2O(),
     "full": Full(),
 }
@@ -88,6 +88,11 @@ SHAPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32])
@@ -95,7 +100,6 @@ def test_decode_step_equals_the_plain_one(name: str, shape: str, dtype: torch.dt
     """Rows in different phases, one of them at rest, over several evictions; fresh random inputs every step."""
     heads, groups, size, slots = SHAPES[shape]
     policy = POLICIES[name]
-    torch.manual_seed(hash((name, shape, str(dtype))) % 2**31)
     batch, scale = 3, size**-0.5
     plain = make_store(policy, slots, batch, groups, size, dtype)
     plain.capacity[1] = policy.capacity(max(6, slots // 2))
@@ -205,3 +209,50 @@ def test_column_sums(heads: int, groups: int, size: int, past: int, chunk: int, 
         each = weights[group] if weights is not None else torch.ones(chunk, device=DEVICE)
         wanted = reference.column_sums(query.double(), key.double(), each, scale, past)[0, group]
         close(got[group], wanted, 1e-5, f"group {group}")
+
+
+@pytest.mark.parametrize("name", ["auv", "auv top 1, no slot", "h2o", "full"])
+def test_squeeze_fills_and_folds(name: str) -> None:
+    """Two chunks into one row of three: what is kept, what is folded, and the neighbours untouched."""
+    policy, groups, size, slots = POLICIES[name], 2, 40, 50
+    dtype = torch.float16 if CUDA else torch.float32
+    plain = make_store(policy, slots, 3, groups, size, dtype)
+    plain.clear(1, policy.capacity(40))
+    plain.aim(1, 90)
+    fused = copy.deepcopy(plain)
+    for chunk, kept in ((45, 30 if name != "full" else None), (7, 21 if name != "full" else None)):
+        if name == "full":
+            chunk = chunk // 3
+        key, value = (torch.randn(1, chunk, groups, size, device=DEVICE).to(dtype).transpose(1, 2)[0] for _ in range(2))
+        held = plain.hold(1, key, value)
+        for values in held.state.values():
+            values.copy_(torch.rand(values.shape, device=DEVICE))
+        other = fused.hold(1, key, value)
+        assert torch.equal(other.positions, held.positions)
+        other.state = {name: values.clone() for name, values in held.state.items()}
+        keep = None
+        if kept is not None:
+            keep = torch.stack([torch.randperm(held.size, device=DEVICE)[:kept].sort().values for _ in range(groups)])
+            if plain.reconstruct:
+                plain.fold(1, held.key, held.value, held.state[policy.folds_by].scatter(-1, keep, 0.0))
+        plain.fill(1, held, keep)
+        squeeze.squeeze(fused, 1, other, keep, policy.folds_by)
+        compare_stores(fused, plain, 1e-5, f"chunk of {chunk}")
+        assert fused.counts[1] == plain.counts[1]
+        assert torch.equal(fused.valid, plain.valid)
+
+
+@pytest.mark.parametrize("outputs", [64, 37])
+def test_matvec_and_norm(outputs: int) -> None:
+    dtype = torch.float16 if CUDA else torch.float32
+    x, weight = torch.randn(1, 1, 300, device=DEVICE).to(dtype), torch.randn(outputs, 300, device=DEVICE).to(dtype)
+    bias = torch.randn(outputs, device=DEVICE).to(dtype)
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    close(matvec.matvec(x, weight, bias), wanted, 1e-3, "linear")
+    close(matvec.matvec(x, weight, bias, True), wanted.relu(), 1e-3, "with ReLU")
+    close(matvec.matvec(x, weight, None), wanted - bias.double(), 1e-3, "without bias")
+    rows, scale, shift = torch.randn(5, 300, device=DEVICE).to(dtype), weight[0], weight[1]
+    layer = torch.nn.functional.layer_norm(rows.double(), (300,), scale.double(), shift.double(), 1e-5)
+    close(norm.norm(rows, scale, shift, 1e-5, False), layer, 1e-3, "LayerNorm")
+    rms = rows.double() * (rows.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double()
+    close(norm.norm(rows, scale, None, 1e-5, True), rms, 1e-3, "RMSNorm")

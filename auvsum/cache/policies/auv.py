@@ -63,7 +63,7 @@ class AUV(Policy):
 
     def observe_chunk(self, attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
         """Eq. 2 over the chunk's rows: the running mean of `a[i, j] · N_i / N_max` over the rows that see j."""
-        weights = attention.keys_seen / store.longest[row]
+        weights = attention.keys_seen / store.counts[row].longest
         sums = token_columns(attention.column_sums(weights), held)
         rows = token_columns(attention.queries_seen, held)
         aas, cnt = held.state["aas"], held.state["cnt"]
