@@ -245,7 +245,7 @@ def section_bookkeeping(bench: Bench) -> None:
 
 def section_throughput(bench: Bench) -> None:
     model = bench.use("opt-13b")
-    for rows in (64, 256, 384, 512):
+    for rows in (64, 256, 384, 448, 512):
         guarded(bench, f"OPT-13B, batch {rows}, auv", lambda n, r=rows: decode_rate(bench, model, n, "auv", SLOTS, r))
     for rows in (8, 24):
         name = f"OPT-13B, batch {rows}, full cache, graph"

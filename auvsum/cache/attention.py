@@ -56,7 +56,9 @@ def attention(
     if sliding_window is not None:
         raise PolicyError("layers with a sliding window are not supported", "use a model with full attention only")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    # A row that is read by itself has no padding, whatever mask of ones a model makes up.
+    padded = attention_mask is not None and layer.row is None
+    tokens = attention_mask[:, -query.shape[2] :] if padded and attention_mask is not None else None
     if query.shape[2] > 1 or layer.reads_prompt:
         return _read(layer, query, key, value, scale, tokens), None
     return _step(layer, query, key, value, scale), None

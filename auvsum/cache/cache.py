@@ -262,10 +262,10 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             for layer in self.layers:
                 layer.row, layer.reads_prompt = None, False
 
-    def set_active(self, row: int, active: bool) -> None:
-        """Whether a row takes part in decoding; what a row that does not take part holds means nothing."""
-        for layer in self.layers:
-            layer.store.active[row] = active
+    def rest(self, row: int) -> None:
+        """A row takes no further part in decoding; what it holds means nothing from now on."""
+        for active in {id(layer.store.active): layer.store.active for layer in self.layers}.values():
+            active[row].fill_(False)
 
     @property
     def slots(self) -> list[int]:

@@ -128,18 +128,19 @@ class SlotStore:
         self.valid[row] = False
         for values in self.state.values():
             values[row] = 0
-        self.capacity[row] = capacity or self.slots
-        self.pointer[row] = 0
-        self.seen[row] = 0
-        self.active[row] = True
+        self.capacity[row].fill_(capacity or self.slots)
+        self.pointer[row].fill_(0)
+        self.seen[row].fill_(0)
+        self.active[row].fill_(True)
         if self.reconstruct:
             self.folded_key[row] = 0
             self.folded_value[row] = 0
-            self.folded_mass[row] = 0
+            self.folded_mass[row].fill_(0)
 
     def aim(self, row: int, longest: float) -> None:
         """Sets a row's N_max."""
-        self.longest[row] = longest
+        # `fill_`: assigning a number would wait for the GPU.
+        self.longest[row].fill_(longest)
         self.counts[row].longest = longest
 
     def live(self, row: int) -> int:
@@ -191,7 +192,7 @@ class SlotStore:
         self.valid[row, :, : self.slots] = self.positions[row, :, : self.slots] >= 0
         for name, values in self.state.items():
             values[row, :, :kept] = held.state[name] if keep is None else held.state[name].gather(1, keep)
-        self.pointer[row] = kept
+        self.pointer[row].fill_(kept)
         self.seen[row] += held.chunk
         if known.epoch == self.epoch:
             known.live, known.seen = kept, known.seen + held.chunk

@@ -206,7 +206,7 @@ class Engine:
             reason = "length" if len(row.written) >= row.request.max_new_tokens else None
         if reason is None:
             return row
-        cache.set_active(number, False)
+        cache.rest(number)
         seconds = time.perf_counter() - row.started
         yield Finished(row.index, tuple(row.written), reason, seconds, cache.bytes() // cache.rows)
         return None

@@ -125,9 +125,9 @@ class DecodeGraph:
             backwards = torch.tensor([0.0, *noise[1:][::-1]])
             self.noise[number, : left + 1] = backwards.to(device)
         if self.written is not None:
-            self.written[number] = False
-            self.written[number, token] = True
-        self.active[number] = True
+            self.written[number].fill_(False)
+            self.written[number, token].fill_(True)
+        self.active[number].fill_(True)
 
     def launch(self, rows: list[Any]) -> None:
         """Starts a step of `rows`, which `arrived` hands back with their tokens."""

@@ -208,9 +208,9 @@ def _tickets(device: torch.device, batch: int) -> Tensor:
     return torch.zeros(batch, dtype=torch.int32, device=device)
 
 
-def _warps(tile: int) -> int:
-    """Warps a program."""
-    return 8 if tile >= 8192 else 4
+def _warps(padded: int) -> int:
+    """Warps a program: few, so that many programs share a multiprocessor."""
+    return 8 if padded > 1024 else 4
 
 
 def supports(policy: Policy, store: SlotStore) -> bool:
@@ -248,7 +248,7 @@ def step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Te
     state = ([store.state[name] for name in policy.state] + [unused] * 3)[:3]
     folded = (store.folded_key, store.folded_value, store.folded_mass) if store.reconstruct else (unused,) * 3
     tickets, active = _tickets(query.device, batch), store.active.view(torch.uint8)
-    warps = _warps(block * dim_pad)
+    warps = _warps(padded)
     memory = (store.keys[0], store.values[0], store.positions, store.valid.view(torch.uint8), *state)
     sizes = {"DIM": size, "DIM_PAD": dim_pad, "BLOCK": block, "PADDED": padded}
     _step_kernel[(batch * groups,)](

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Slots up to which ranks are counted.
+_RANKED = tl.constexpr(128)
+
 
 @triton.jit
 def order_key(score, position):
@@ -15,7 +18,7 @@ def order_key(score, position):
 @triton.jit
 def largest(key, count, PADDED: tl.constexpr):
     """True at the `count` largest of the keys, which are unique where not -1; a -1 is never chosen."""
-    if PADDED <= 128:
+    if PADDED <= _RANKED:
         above = (key[None, :] > key[:, None]).to(tl.int32)
         return (tl.sum(above, 1) < count) & (key >= 0)
     threshold = tl.full((), 0, tl.int64)
