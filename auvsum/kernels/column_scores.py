@@ -12,6 +12,7 @@ is again a log-sum-exp, over queries instead of keys. Flipping both sequences ma
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -45,14 +46,18 @@ class ChunkAttention:
     def keys_seen(self) -> Tensor:
         """`N_i`, how many keys each query's softmax ran over: fp32 `[G, T]`."""
         chunk, groups = self.query.shape[2], self.key.shape[1]
-        own = _count_up(self.past + 1, chunk, self.query.device).expand(groups, chunk)
+        own = self._shared(_count_up)(self.past + 1, chunk, self.query.device).expand(groups, chunk)
         return own if self.folded_valid is None else own + self.folded_valid
 
     @property
     def queries_seen(self) -> Tensor:
         """How many of the chunk's queries saw each column: fp32 `[past + T]`."""
         chunk = self.query.shape[2]
-        return _count_down(self.past, chunk, self.query.device)
+        return self._shared(_count_down)(self.past, chunk, self.query.device)
+
+    def _shared(self, made: Callable[[int, int, torch.device], Tensor]) -> Callable[[int, int, torch.device], Tensor]:
+        """`made`, kept from layer to layer on a GPU, where launching it takes longer than running it."""
+        return _kept(made) if self.query.device.type == "cuda" else made
 
     def column_sums(self, weights: Tensor | None = None) -> Tensor:
         """`Σ_i w_i · a[i, j]`, averaged over the query heads of each KV head.
@@ -85,13 +90,17 @@ class ChunkAttention:
         return torch.cat(sums, -1).view(groups, heads // groups, self.past + chunk).mean(1)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
+def _kept(made: Callable[[int, int, torch.device], Tensor]) -> Callable[[int, int, torch.device], Tensor]:
+    """`made` with its last two results kept: prompts are read one at a time, in chunks of two lengths at most."""
+    return functools.lru_cache(maxsize=2)(made)
+
+
 def _count_up(start: int, count: int, device: torch.device) -> Tensor:
     """`start, start + 1, ..`; the same for all layers of a chunk."""
     return torch.arange(start, start + count, device=device, dtype=torch.float32)
 
 
-@functools.lru_cache(maxsize=2)
 def _count_down(past: int, chunk: int, device: torch.device) -> Tensor:
     """`chunk` for each of `past`, then `chunk, chunk - 1, .., 1`."""
     own = torch.arange(chunk, 0, -1, device=device, dtype=torch.float32)
