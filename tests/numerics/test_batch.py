@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,15 @@ from auvsum.engine.generate import Engine, Request
 from auvsum.engine.sampling import Sampling
 from auvsum.errors import GenerationFailed
 from auvsum.events import Finished, Notice, Token
+
+
+@pytest.fixture(autouse=True)
+def restored(opt: PreTrainedModel, llama: PreTrainedModel) -> Iterator[None]:
+    """The engine sets the attention of the models, which other tests share."""
+    before = [model.config._attn_implementation for model in (opt, llama)]
+    yield
+    for model, name in zip((opt, llama), before, strict=True):
+        model.set_attn_implementation(name)
 
 
 def requests(count: int = 6) -> list[Request]:
