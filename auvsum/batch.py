@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from auvsum._version import __version__
 from auvsum.config import Settings
 from auvsum.errors import AuvsumError, InternalError, ModelError, OutputError
-from auvsum.events import DocumentDone, DocumentFailed, Event, Finished, Text
+from auvsum.events import DocumentDone, DocumentFailed, Event, Finished, Notice, Text
 from auvsum.text.readers import Document
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _single(summarizer: Summarizer, index: int, document: Document | Failure, he
             id=document.id,
             source=document.source,
             pages=document.pages,
-            on_event=lambda event: hear(replace(event, request=index)),
+            on_event=lambda event: hear(_of(event, index)),
             on_text=lambda piece: hear(Text(index, piece)),
         )
     except Exception as error:
@@ -122,6 +122,9 @@ class _Together:
         self._flying = {}
         try:
             for event in self._summarizer.engine(plan, self._size).run(self._requests(plan.engine_key)):
+                if isinstance(event, Notice):
+                    self._hear(event)
+                    continue
                 index, document, writing = self._flying[event.request]
                 self._hear(replace(event, request=index))
                 try:
@@ -190,6 +193,11 @@ def failure(error: Exception, id: str, source: str, settings: Settings) -> Failu
     if isinstance(error, (ModelError, OutputError)):
         raise error
     return Failure(id, source, error if isinstance(error, AuvsumError) else InternalError(error), settings)
+
+
+def _of(event: Event, index: int) -> Event:
+    """An event of the engine about its only document, as one about the document `index`."""
+    return event if isinstance(event, Notice) else replace(event, request=index)
 
 
 def _announced(index: int, result: Summary | Failure, hear: Listener) -> Summary | Failure:

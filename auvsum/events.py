@@ -62,6 +62,13 @@ class Failed:
     error: AuvsumError
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """How the engine works is not what one might expect, such as a slower path or a smaller batch; said once."""
+
+    text: str
+
+
 # -- added by `summarize.py` and `batch.py`: documents with names, and text -------------------------------------------
 
 
@@ -103,4 +110,7 @@ class DocumentFailed:
     error: AuvsumError
 
 
-Event = PrefillProgress | Prefilled | Token | Finished | Failed | DocumentStarted | Text | DocumentDone | DocumentFailed
+DocumentEvent = (
+    PrefillProgress | Prefilled | Token | Finished | Failed | DocumentStarted | Text | DocumentDone | DocumentFailed
+)
+Event = DocumentEvent | Notice

@@ -7,6 +7,8 @@ query a row over the row's slots.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +62,9 @@ def attention(
             "type: auvsum doctor --model NAME",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    # A row that is read by itself has no padding, whatever mask of ones a model makes up.
+    padded = attention_mask is not None and layer.row is None
+    tokens = attention_mask[:, -query.shape[2] :] if padded and attention_mask is not None else None
     return layer.attend(query, key, value, scale, tokens), None
 
 
@@ -73,6 +77,8 @@ def attend(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: 
 
 def _read(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
     """A chunk of a prompt for each row; padding takes no part and gets a zero output."""
+    if tokens is None and query.shape[0] == 1:
+        return _read_row(layer, layer.row or 0, query, key, value, scale)[None]
     out = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[-1]))
     for b in range(query.shape[0]):
         row = b if layer.row is None else layer.row
@@ -94,20 +100,15 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
         keys, values = held.key[None], held.value[None]
         out = attend_window(query, keys, values, scale, past, layer.window)
         layer.count_prefill(keys, values, key, value)
-        store.fill(row, held, layer.policy.choose(held, int(store.capacity[row])))
+        store.fill(row, held, layer.policy.choose(held, store.counts[row].capacity))
         return out[0].transpose(0, 1)
     folded = store.reconstructed(row)
     position = layer.compact.get(row)
     placed = held.key if position is None else layer.rotary.place(held, position)
-    keys, values, past_valid = placed[None], held.value[None], None
-    if folded is not None:
-        mean = folded[0] if position is None else layer.rotary.place_mean(folded[0], past, position)
-        keys = torch.cat([mean[None], keys], 2)
-        values = torch.cat([folded[1][None], values], 2)
-        if not bool(folded[2].all()):
-            past_valid = torch.cat([folded[2], folded[2].new_ones((keys.shape[1], past))], 1)
-        past += 1
-    out, seen = attend_chunk(query, keys, values, scale, past, past_valid)
+    if folded is not None and position is not None:
+        folded = (layer.rotary.place_mean(folded[0], past, position), *folded[1:])
+    keys, values = placed[None], held.value[None]
+    out, seen = attend_chunk(query, keys, values, scale, past, folded)
     layer.count_prefill(keys, values, key, value, held.key)
     choose_and_fill(layer, row, held, seen)
     return out[0].transpose(0, 1)
@@ -116,9 +117,10 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
 def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
     """What a row holds and its chunk `[1, G, T, D]`, among which its policy will choose."""
     store, policy = layer.store, layer.policy
-    if store.longest[row] == 0:
+    known = store.counts[row]
+    if known.longest == 0:
         layer.settle(row, key.shape[2])
-    if not policy.streams and (int(store.seen[row]) or key.shape[2] < int(store.longest[row])):
+    if not policy.streams and (known.seen or key.shape[2] < known.longest):
         raise PolicyError(
             f"policy {policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
             "read the prompt in one pass (--strategy single), or use another policy",
@@ -131,7 +133,12 @@ def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttentio
     store, policy = layer.store, layer.policy
     policy.observe_chunk(seen, held, store, row)
     share = layer.share.pop(row, None)
-    keep = policy.choose(held, int(store.capacity[row])) if share is None else _choose_share(policy, held, share)
+    capacity = store.counts[row].capacity
+    keep = policy.choose(held, capacity) if share is None else _choose_share(policy, held, share)
+    kernel = fused_squeeze(held.key.device.type)
+    if kernel is not None and layer.squeezes:
+        kernel.squeeze(store, row, held, keep, policy.folds_by)
+        return
     if keep is not None and store.reconstruct:
         evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)
         store.fold(row, held.key, held.value, evicted)
@@ -153,6 +160,10 @@ def _choose_share(policy: Policy, held: Held, share: int) -> Tensor | None:
 def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One decode step of every row. Returns `[B, 1, H, D]`."""
     store, policy = layer.store, layer.policy
+    kernel = fused_step(query.device.type)
+    if kernel is not None and kernel.supports(policy, store):
+        fused: Tensor = kernel.step(policy, store, query, key, value, scale)
+        return fused
     batch, heads, _, size = query.shape
     groups = key.shape[1]
     store.append(policy.place(store), key[:, :, 0], value[:, :, 0])
@@ -163,6 +174,28 @@ def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
     out = probabilities.to(values.dtype) @ values
     policy.observe(store, probabilities.mean(2))
     return out.view(batch, 1, heads, size)
+
+
+@functools.cache
+def fused_step(device: str) -> ModuleType | None:
+    """The decode step's kernel for a type of device; None where the plain torch step runs."""
+    if device != "cuda":
+        return None
+    try:
+        from auvsum.kernels import decode_step
+    except ImportError:  # no Triton
+        return None
+    return decode_step
+
+
+@functools.cache
+def fused_squeeze(device: str) -> ModuleType | None:
+    """The kernels that fill a row after a prompt, for a type of device; None where plain torch does."""
+    if fused_step(device) is None:
+        return None
+    from auvsum.kernels import squeeze
+
+    return squeeze
 
 
 def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

@@ -148,11 +148,17 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def _start(self, row: int, chunk: int) -> None:
         """The first tokens of a row. How many they are is declared, or known when the first chunk is read."""
         self.unread.discard(row)
-        self.store.clear(row)
-        self.store.longest[row] = 0
+        self.store.clear(row, lazily=(chunk > 1 or self.reads_prompt) and self.squeezes)
+        self.store.aim(row, 0)
         tokens = self.longest.get(row, int(chunk == 1 and not self.reads_prompt))
         if tokens:
             self.settle(row, tokens)
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether reading a prompt overwrites all that a row holds, in one launch."""
+        fused = attention.fused_squeeze(self.store.valid.device.type) is not None
+        return fused and self.window is None and len(self.store.keys) == 1 and len(self.store.state) <= 3
 
     def settle(self, row: int, tokens: int) -> None:
         """A row's constants: its N_max and its own budget in this layer.
@@ -161,15 +167,14 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             PolicyError: when the row was given more slots than the cache has.
         """
         store = self.store
-        store.longest[row] = tokens
+        store.aim(row, tokens)
         granted, exact = self.row_slots.get(row, (self.slots, self.exact))
         if granted is None:
             return
         capacity = self.policy.capacity(self._own(granted, tokens, exact))
         if row in self.row_slots and capacity > store.slots:
             raise PolicyError(f"a row of {capacity} slots does not fit a cache of {store.slots}", "give the cache more")
-        store.granted[row] = granted
-        store.capacity[row] = min(capacity, store.slots)
+        store.grant(row, granted, min(capacity, store.slots))
 
     def _make_room(self, chunk: int) -> None:
         """Only the full cache of unknown length moves: a larger store takes over the old one's rows."""
@@ -188,6 +193,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         new.pointer.copy_(old.pointer)
         new.seen.copy_(old.seen)
         new.longest.copy_(old.longest)
+        new.epoch = old.epoch + 1
+        for known, grown in zip(old.counts, new.counts, strict=True):
+            grown.longest = known.longest
         self.unread = unread
 
     @staticmethod
@@ -320,6 +328,12 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             if layer.is_initialized:
                 layer.unread.add(row)
 
+    def allocate(self, *, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes every layer's store now instead of at its first token."""
+        nothing = torch.empty((self.layers[0].batch or 1, kv_heads, 0, head_dim), dtype=dtype, device=device)
+        for layer in self.layers:
+            layer.lazy_initialization(nothing, nothing)
+
     @contextmanager
     def reading(self, row: int) -> Iterator[None]:
         """Within: the model is called with batch 1, and its tokens are a prompt chunk of that row."""
@@ -361,10 +375,10 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             del layer.compact[row]
         return position
 
-    def set_active(self, row: int, active: bool) -> None:
-        """Whether a row takes part in decoding; what a row that does not take part holds means nothing."""
-        for layer in self.layers:
-            layer.store.active[row] = active
+    def rest(self, row: int) -> None:
+        """A row takes no further part in decoding; what it holds means nothing from now on."""
+        for active in {id(layer.store.active): layer.store.active for layer in self.layers}.values():
+            active[row].fill_(False)
 
     @property
     def slots(self) -> list[int]:

@@ -45,6 +45,22 @@ class Held:
         return self.positions.shape[1]
 
 
+@dataclass
+class Counts:
+    """What the host knows of a row without asking the device, while its prompt is read.
+
+    Attributes:
+        epoch: `live` and `seen` hold while it is the store's: decoding changes them on the device alone.
+    """
+
+    capacity: int
+    live: int = 0
+    seen: int = 0
+    longest: float = 0.0
+    folded: bool = False
+    epoch: int = 0
+
+
 class SlotStore:
     """One layer's slots for a batch of sequences.
 
@@ -95,41 +111,63 @@ class SlotStore:
             self.folded_key = torch.zeros((batch, kv_heads, head_dim), dtype=torch.float32, device=device)
             self.folded_value = torch.zeros_like(self.folded_key)
             self.folded_mass = torch.zeros((batch, kv_heads), dtype=torch.float32, device=device)
+        self.epoch = 0
+        self.counts = [Counts(slots) for _ in range(batch)]
         self._rows = torch.arange(batch, device=device)[:, None]
         self._heads = torch.arange(kv_heads, device=device)[None]
 
     # -- whole rows ---------------------------------------------------------------------------------------------------
 
-    def clear(self, row: int, capacity: int | None = None) -> None:
+    def clear(self, row: int, capacity: int | None = None, *, lazily: bool = False) -> None:
         """Empties a row for the next document; no memory is given back or taken.
 
         Args:
             capacity: the row's own number of slots; default all of them.
+            lazily: only note it: `kernels/squeeze.py` overwrites the row before anybody reads it.
         """
         if capacity is not None and not 0 < capacity <= self.slots:
             raise ValueError(f"a row of {capacity} slots does not fit a store of {self.slots}")
+        self.counts[row] = Counts(capacity or self.slots, epoch=self.epoch)
+        if lazily:
+            return
         self.positions[row] = _NO_POSITION
         self.valid[row] = False
         for values in self.state.values():
             values[row] = 0
-        self.capacity[row] = capacity or self.slots
-        self.pointer[row] = 0
-        self.seen[row] = 0
-        self.active[row] = True
+        self.capacity[row].fill_(capacity or self.slots)
+        self.pointer[row].fill_(0)
+        self.seen[row].fill_(0)
+        self.active[row].fill_(True)
         if self.reconstruct:
             self.folded_key[row] = 0
             self.folded_value[row] = 0
-            self.folded_mass[row] = 0
+            self.folded_mass[row].fill_(0)
+
+    def aim(self, row: int, longest: float) -> None:
+        """Sets a row's N_max."""
+        # `fill_`: assigning a number would wait for the GPU.
+        self.longest[row].fill_(longest)
+        self.counts[row].longest = longest
+
+    def grant(self, row: int, granted: int, capacity: int) -> None:
+        """Sets a row's budget: slots a layer on average over the layers, and its own number of slots here."""
+        self.granted[row].fill_(granted)
+        self.capacity[row].fill_(capacity)
+        self.counts[row].capacity = capacity
 
     def live(self, row: int) -> int:
         """Live slots of a row, without the reconstructed one (the same for every head)."""
+        known = self.counts[row]
+        if known.epoch == self.epoch:
+            return known.live
         return int(self.valid[row, 0, : self.slots].sum())
 
     def hold(self, row: int, key: Tensor, value: Tensor) -> Held:
         """What the row holds, ordered by position, followed by a chunk's keys and values `[G, T, D]`."""
         groups, chunk, _ = key.shape
         live = self.live(row)
-        seen = int(self.seen[row])
+        known = self.counts[row]
+        seen = known.seen if known.epoch == self.epoch else int(self.seen[row])
         fresh = torch.arange(seen, seen + chunk, dtype=torch.int32, device=key.device).expand(groups, chunk)
         if live == 0:
             state = {name: values.new_zeros((groups, chunk)) for name, values in self.state.items()}
@@ -152,8 +190,9 @@ class SlotStore:
             keep: int64 `[G, kept]`, columns of `held`; None keeps all.
         """
         kept = held.size if keep is None else keep.shape[1]
-        if kept > int(self.capacity[row]):
-            raise ValueError(f"{kept} tokens do not fit {int(self.capacity[row])} slots")
+        known = self.counts[row]
+        if kept > known.capacity:
+            raise ValueError(f"{kept} tokens do not fit {known.capacity} slots")
         key, value = held.key, held.value
         if keep is not None:
             pick = keep[..., None].expand(-1, -1, key.shape[-1])
@@ -165,8 +204,10 @@ class SlotStore:
         self.valid[row, :, : self.slots] = self.positions[row, :, : self.slots] >= 0
         for name, values in self.state.items():
             values[row, :, :kept] = held.state[name] if keep is None else held.state[name].gather(1, keep)
-        self.pointer[row] = kept
+        self.pointer[row].fill_(kept)
         self.seen[row] += held.chunk
+        if known.epoch == self.epoch:
+            known.live, known.seen = kept, known.seen + held.chunk
 
     def turn(self, row: int, rotary: Rotary, position: int) -> None:
         """Turns a row's un-turned keys to the positions just before `position`, in their order."""
@@ -192,6 +233,11 @@ class SlotStore:
         for values in self.state.values():
             values[where] = 0
         self.seen += self.active
+        self.decoded()
+
+    def decoded(self) -> None:
+        """Notes that rows have changed on the device."""
+        self.epoch += 1
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values as attention needs them, `[B, G, S (+ 1), D]`; dead slots hold anything."""
@@ -219,6 +265,7 @@ class SlotStore:
         self.valid[..., : self.slots].masked_fill_(gone, False)
         for values in self.state.values():
             values[..., : self.slots].masked_fill_(gone, 0.0)
+        self.decoded()
 
     # -- reconstructed K(V) -------------------------------------------------------------------------------------------
 
@@ -228,6 +275,7 @@ class SlotStore:
         Args:
             key, value: `[G, m, D]`. scores: their AES `[G, m]`; a zero takes no part.
         """
+        self.counts[row].folded = True
         added = scores.sum(-1)
         mass = self.folded_mass[row] + added
         # While the sum is 0 the slot stays zero and masked: no 0/0.
@@ -242,8 +290,12 @@ class SlotStore:
         self.valid[last] = mass > 0
 
     def reconstructed(self, row: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The row's reconstructed key and value as attention reads them, `[G, 1, D]`, and its validity `[G, 1]`."""
-        if not self.reconstruct or not bool(self.valid[row, :, self.slots].any()):
+        """The row's reconstructed key and value as attention reads them, `[G, 1, D]`, and its validity `[G, 1]`.
+
+        None while nothing has been folded.
+        """
+        known = self.counts[row]
+        if not self.reconstruct or not (known.folded or known.epoch != self.epoch):
             return None
         last = (row, slice(None), slice(self.slots, self.slots + 1))
         return self.codec.decode(self.keys, last), self.codec.decode(self.values, last), self.valid[last]

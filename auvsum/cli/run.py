@@ -15,7 +15,7 @@ from auvsum.budget import size
 from auvsum.cli.guard import report
 from auvsum.cli.signals import Interruptible
 from auvsum.config import Settings
-from auvsum.events import DocumentStarted, Event
+from auvsum.events import DocumentStarted, Event, Notice
 from auvsum.io.inputs import Input
 from auvsum.io.manifest import settings_key
 from auvsum.io.render import sources
@@ -137,6 +137,9 @@ class Run:
             self._console.detail(f"{event.name}: {tokens} · policy {event.policy} · strategy {event.strategy}")
             if self._total == 1:
                 self._console.note(f"budget: {event.budget.echo()}")
+        if isinstance(event, Notice):
+            self._console.detail(event.text)
+            return
         self._view.hear(event)
 
     def _load(self, sink: Sink) -> Summarizer:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,10 +23,18 @@ from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import Policy
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
+from auvsum.engine.fuse import fuse
+from auvsum.engine.graph import NOT_FINITE, RESTS, DecodeGraph, why_not
+from auvsum.engine.memory import cache_shape, is_out_of_memory, release_memory, rows_that_fit
 from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
 from auvsum.errors import DocumentError, DocumentTimeout, GenerationFailed, PolicyError
-from auvsum.events import Event, Failed, Finished, FinishReason, Prefilled, PrefillProgress, Token
+from auvsum.events import Event, Failed, Finished, FinishReason, Notice, Prefilled, PrefillProgress, Token
+
+#: Documents looked at to choose a batch size.
+_LOOK_AHEAD = 64
+
+Waiting = deque[tuple[int, "Request"]]
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,17 @@ class _Row:
 
     index: int
     request: Request
-    generator: torch.Generator | None
+    noise: list[float]
     admitted: float
     #: Position of the first token that is written.
-    position: int = 0
+    first: int = 0
     written: list[int] = field(default_factory=list)
     started: float = 0.0
+
+    @property
+    def position(self) -> int:
+        """Of the last token written."""
+        return self.first + len(self.written) - 1
 
     def check_time(self) -> None:
         """Raises `DocumentTimeout` when the document has had its time."""
@@ -79,11 +93,13 @@ class _Row:
 class Engine:
     """Reads prompts and writes continuations over a budgeted cache.
 
+    On a GPU the decode step is one CUDA graph; elsewhere, and without Triton, it is plain torch.
+
     Args:
         model: a transformers decoder; its attention implementation is set to "auvsum".
         eos_ids: tokens that end a document.
         chunk: tokens read at a time over the budgeted cache (streaming prefill); None reads a prompt in one pass.
-        batch_size: documents decoded together.
+        batch_size: documents decoded together; None takes as many as free memory holds.
     """
 
     def __init__(
@@ -93,7 +109,7 @@ class Engine:
         *,
         eos_ids: Iterable[int] = (),
         chunk: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = 1,
         sampling: Sampling | None = None,
     ) -> None:
         self.model = model
@@ -105,43 +121,83 @@ class Engine:
         self.device: torch.device = next(model.parameters()).device
         self.windows = layer_windows(model.config)
         model.set_attn_implementation("auvsum")
+        self._told: dict[int, int] = {}
+        self._noticed: set[str] = set()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Yields `PrefillProgress`, `Prefilled`, `Token` and `Finished`, documents interleaved when batched.
 
-        A document that cannot be written (logits that are not numbers, its time is up) ends with `Failed`, and the
-        others go on. Requests are taken one at a time, when a row is free for them: at most
-        `batch_size` of them wait, however many there are.
+        A document that cannot be written (logits that are not numbers, its time is up, too little memory for it alone)
+        ends with `Failed`, and the others go on. Out of memory with several together, it goes on with half as many;
+        those that were under way are read again, and their tokens are not told twice. Requests are taken one at a time,
+        when a row is free for them: at most `batch_size` of them wait, however many there are.
         """
         incoming = enumerate(requests)
-        waiting = deque(islice(incoming, self.batch_size))
+        self._told = {}
+        ahead = self.batch_size or _LOOK_AHEAD
+        waiting: Waiting = deque(islice(incoming, ahead))
+        batch = self.batch_size or rows_that_fit(self.model, self.policy, [request for _, request in waiting])
         while waiting:
-            cache = self._cache_for(waiting)
-            rows: list[_Row | None] = [None] * len(waiting)
-            while True:
-                for number in range(len(rows)):
-                    while rows[number] is None and self._next_fits(waiting, incoming, cache):
-                        rows[number] = yield from self._admit(cache, number, *waiting.popleft())
-                if not any(rows):
-                    break
+            rows: list[_Row | None] = [None] * min(batch, len(waiting))
+            try:
+                yield from self._together(waiting, incoming, rows)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                release_memory(self.device)
+                waiting.extendleft((row.index, row.request) for row in reversed(rows) if row)
+                if len(rows) == 1:
+                    index, _ = waiting.popleft()
+                    hint = "give it a smaller budget, or read it in chunks"
+                    yield Failed(index, GenerationFailed("the document does not fit the memory", hint))
+                else:
+                    batch = len(rows) // 2
+                    yield from self._notice(f"out of memory with {len(rows)} documents together: going on with {batch}")
+            waiting.extend(islice(incoming, max(0, ahead - len(waiting))))
+
+    def _together(
+        self, waiting: Waiting, incoming: Iterator[tuple[int, Request]], rows: list[_Row | None]
+    ) -> Iterator[Event]:
+        """Fills rows with waiting documents, and refills them, until the next document needs another cache."""
+        cache = self._cache_for(waiting, len(rows))
+        longest = max(request.max_new_tokens for _, request in waiting)
+        graph, reason = self._graph_for(cache, longest)
+        if reason is not None:
+            yield from self._notice(f"the plain decode step runs: {reason}")
+        while True:
+            for number in range(len(rows)):
+                while rows[number] is None and self._next_fits(waiting, incoming, cache, longest):
+                    rows[number] = yield from self._admit(cache, graph, number, *waiting[0])
+                    waiting.popleft()
+            if not any(rows):
+                return
+            if graph is None:
                 yield from self._advance(cache, rows)
-            waiting.extend(islice(incoming, self.batch_size - len(waiting)))
+            else:
+                yield from self._advance_graph(cache, graph, rows)
+
+    def _notice(self, text: str) -> Iterator[Event]:
+        if text not in self._noticed:
+            self._noticed.add(text)
+            yield Notice(text)
 
     # -- one document -------------------------------------------------------------------------------------------------
 
     def _admit(
-        self, cache: BudgetedCache, number: int, index: int, request: Request
+        self, cache: BudgetedCache, graph: DecodeGraph | None, number: int, index: int, request: Request
     ) -> Generator[Event, None, _Row | None]:
         """Reads a prompt into a row and writes its first token; returns the row, or None when that was all."""
-        generator = self.sampling.generator(self.device) if self.sampling.temperature else None
-        row = _Row(index, request, generator, admitted=time.perf_counter())
+        row = _Row(index, request, self.sampling.noise(request.max_new_tokens), admitted=time.perf_counter())
         try:
-            first = yield from self._prefill(cache, number, row)
-            return (yield from self._write(cache, number, row, first))
+            token = yield from self._prefill(cache, number, row)
+            going = yield from self._write(cache, number, row, token)
         except DocumentError as error:
-            cache.set_active(number, False)
+            cache.rest(number)
             yield Failed(index, error)
             return None
+        if going is not None and graph is not None:
+            graph.fill(number, token, row.position, request.max_new_tokens - 1, row.noise)
+        return going
 
     def _prefill(self, cache: BudgetedCache, number: int, row: _Row) -> Generator[Event, None, int]:
         """Reads a row's prompt; returns its first new token."""
@@ -157,50 +213,68 @@ class Engine:
             yield PrefillProgress(row.index, part.end, total)
             row.check_time()
         compacted = cache.end_prompt(number)
-        row.position = position if compacted is None else compacted
-        first = self._draw(row, logits)
+        row.first = position if compacted is None else compacted
+        token = self._draw(row, logits)
         row.started = time.perf_counter()
-        held = cache.bytes() // cache.rows
-        yield Prefilled(row.index, total, row.started - row.admitted, cache.prefill_peak_bytes, held)
-        return first
+        held_bytes = cache.bytes() // cache.rows
+        yield Prefilled(row.index, total, row.started - row.admitted, cache.prefill_peak_bytes, held_bytes)
+        return token
 
     def _advance(self, cache: BudgetedCache, rows: list[_Row | None]) -> Iterator[Event]:
         """One decode step for all rows."""
         tokens = [row.written[-1] if row else 0 for row in rows]
-        positions = [row.position + len(row.written) - 1 if row else 0 for row in rows]
+        positions = [row.position if row else 0 for row in rows]
         logits = self._step(cache, tokens, positions)
         for number, row in enumerate(rows):
-            if row is None:
-                continue
-            try:
-                row.check_time()
-                rows[number] = yield from self._write(cache, number, row, self._draw(row, logits[number]))
-            except DocumentError as error:
-                cache.set_active(number, False)
-                rows[number] = None
-                yield Failed(row.index, error)
+            if row is not None:
+                rows[number] = yield from self._take(cache, number, row, partial(self._draw, row, logits[number]))
+
+    def _advance_graph(self, cache: BudgetedCache, graph: DecodeGraph, rows: list[_Row | None]) -> Iterator[Event]:
+        """Starts the next step of all rows and takes the tokens of the one before."""
+        graph.launch(rows)
+        arrived = graph.arrived()
+        while arrived is not None:
+            for number, (launched, token) in enumerate(zip(*arrived, strict=True)):
+                row = rows[number]
+                # A row that ended on the host's word since then has another document by now, or none.
+                if row is not None and row is launched and token != RESTS:
+                    rows[number] = yield from self._take(cache, number, row, partial(_finite, token))
+            # Nobody writes any more: what is still under way is of rows at rest.
+            arrived = None if any(rows) else graph.arrived(lag=0)
+
+    def _take(
+        self, cache: BudgetedCache, number: int, row: _Row, token: Callable[[], int]
+    ) -> Generator[Event, None, _Row | None]:
+        """A row's next token, or its failure; returns the row while it goes on."""
+        try:
+            row.check_time()
+            return (yield from self._write(cache, number, row, token()))
+        except DocumentError as error:
+            cache.rest(number)
+            yield Failed(row.index, error)
+            return None
 
     def _write(self, cache: BudgetedCache, number: int, row: _Row, token: int) -> Generator[Event, None, _Row | None]:
         """Takes a row's next token; returns the row, or None when the document is complete."""
         reason: FinishReason | None = "eos" if token in self.eos_ids else None
         if reason is None:
             row.written.append(token)
-            yield Token(row.index, token)
+            if len(row.written) > self._told.get(row.index, 0):
+                self._told[row.index] = len(row.written)
+                yield Token(row.index, token)
             reason = "length" if len(row.written) >= row.request.max_new_tokens else None
         if reason is None:
             return row
-        cache.set_active(number, False)
+        cache.rest(number)
         seconds = time.perf_counter() - row.started
+        self._told.pop(row.index, None)
         yield Finished(row.index, tuple(row.written), reason, seconds, cache.bytes() // cache.rows)
         return None
 
     def _draw(self, row: _Row, logits: Tensor) -> int:
         if not bool(logits.isfinite().all()):
-            raise GenerationFailed(
-                "the model produced logits that are not finite numbers",
-                "try --dtype fp32; `auvsum doctor` checks the model",
-            )
-        return self.sampling.draw(logits, row.written, row.generator)
+            raise _not_finite()
+        return self.sampling.draw(logits, row.written, row.noise[len(row.written)] if row.noise else 0.0)
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -237,11 +311,21 @@ class Engine:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _cache_for(self, waiting: Iterable[tuple[int, Request]]) -> BudgetedCache:
+    def _cache_for(self, waiting: Iterable[tuple[int, Request]], rows: int) -> BudgetedCache:
         """A cache for the documents that come first, as large as the largest of them needs."""
-        first = [self._per_layer(request) for _, request in waiting][: self.batch_size]
+        first = [self._per_layer(request) for _, request in waiting][:rows]
         slots = [max(layer) for layer in zip(*first, strict=True)]
-        return BudgetedCache(self.model.config, self.policy, slots, batch=len(first))
+        return BudgetedCache(self.model.config, self.policy, slots, batch=rows)
+
+    def _graph_for(self, cache: BudgetedCache, longest: int) -> tuple[DecodeGraph | None, str | None]:
+        """The captured decode step, or why there is none."""
+        if self.device.type == "cuda":
+            cache.allocate(**cache_shape(self.model), device=self.device)
+        reason = why_not(cache, self.device)
+        if reason is not None:
+            return None, reason
+        fuse(self.model)
+        return DecodeGraph(self.model, cache, self.sampling, self.eos_ids, longest), None
 
     def _per_layer(self, request: Request) -> list[int]:
         """The slots of every layer; a layer with a sliding window has its own."""
@@ -251,12 +335,25 @@ class Engine:
         return [next(shared) if window is None else window for window in self.windows]
 
     def _next_fits(
-        self, waiting: deque[tuple[int, Request]], incoming: Iterator[tuple[int, Request]], cache: BudgetedCache
+        self, waiting: Waiting, incoming: Iterator[tuple[int, Request]], cache: BudgetedCache, longest: int
     ) -> bool:
-        """Whether there is a next document and its budget fits the slots; otherwise it waits for the next cache."""
+        """Whether there is a next document and it fits the slots; otherwise it waits for the next cache."""
         if not waiting:
             waiting.extend(islice(incoming, 1))
-        if not waiting:
+        if not waiting or (self.sampling.temperature and waiting[0][1].max_new_tokens > longest):
             return False
         slots = self._per_layer(waiting[0][1])
         return all(mine <= theirs for mine, theirs in zip(slots, cache.slots, strict=True))
+
+
+def _finite(token: int) -> int:
+    """A token that the device reported."""
+    if token == NOT_FINITE:
+        raise _not_finite()
+    return token
+
+
+def _not_finite() -> GenerationFailed:
+    return GenerationFailed(
+        "the model produced logits that are not finite numbers", "try --dtype fp32; `auvsum doctor` checks the model"
+    )

@@ -39,3 +39,19 @@ def column_sums(query: Tensor, key: Tensor, weights: Tensor, scaling: float, pas
     """`Σ_i w_i · mean over the group's heads of a[i, j]`: `[B, G, past + T]`, with one weight `w_i` a query `[T]`."""
     probabilities = attention_probabilities(query, key, scaling, past)
     return (probabilities.mean(2) * weights.to(probabilities.dtype)[:, None]).sum(-2)
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """One query a row over its slots, in the type of the arguments.
+
+    Args:
+        query: `[B, H, D]`. key, value: `[B, G, S, D]`. valid: `[B, G, S]`.
+
+    Returns:
+        the output `[B, H, D]` and the probabilities `[B, H, S]`, 0 for dead slots.
+    """
+    b, h, d = query.shape
+    g = key.shape[1]
+    logits = query.view(b, g, h // g, d) @ key.transpose(-1, -2) * scaling
+    probabilities = logits.masked_fill(~valid[:, :, None], -torch.inf).softmax(-1)
+    return (probabilities @ value).view(b, h, d), probabilities.view(b, h, -1)

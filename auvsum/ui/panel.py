@@ -26,6 +26,7 @@ from auvsum.events import (
     DocumentFailed,
     DocumentStarted,
     Event,
+    Notice,
     Prefilled,
     PrefillProgress,
     Text,
@@ -93,7 +94,7 @@ class State:
             self.failed += isinstance(event, DocumentFailed)
             if self.current == event.request:
                 self.current = next(iter(self.flights), None)
-        elif (flight := self.flights.get(event.request)) is not None:
+        elif not isinstance(event, Notice) and (flight := self.flights.get(event.request)) is not None:
             self._hear_about(flight, event, now)
 
     def _hear_about(self, flight: _Flight, event: Event, now: float) -> None:

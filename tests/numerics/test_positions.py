@@ -81,7 +81,7 @@ def test_what_is_held_equals_a_cache_with_those_positions() -> None:
         wanted = rotary.turn(rotary.turn(whole["keys"][at], -at), torch.arange(40))
         assert torch.allclose(kept["keys"], wanted, atol=1e-4)
         assert torch.allclose(kept["values"], whole["values"][at], atol=1e-5)
-    assert cache.settle(0) is None
+    assert cache.end_prompt(0) is None
 
 
 @pytest.mark.parametrize("policy", ["auv", "h2o"])

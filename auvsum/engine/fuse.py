@@ -1,0 +1,136 @@
+"""Faster linear layers inside an unmodified transformers model: the modules are replaced, the forward code is not.
+
+The query, key and value projections (and Llama's gate and up projections) become views of one packed weight and one
+matrix product; OPT's first feed-forward layer takes its ReLU along; a single token goes through a kernel that does
+nothing but stream weights. Numbers change by rounding only. The weights keep their names and are not held twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Product = Callable[[Tensor, Tensor, "Tensor | None", bool], Tensor]
+
+#: Attributes of a module that read the same input, and the name of what they belong to.
+_PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class _Pack:
+    """One weight for several linear layers with one input; the first layer called computes for all."""
+
+    def __init__(self, layers: list[nn.Linear], product: Product) -> None:
+        self.product = product
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = torch.cat([layer.weight.data for layer in layers])
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+        start = 0
+        for layer in layers:
+            layer.weight.data = self.weight[start : start + layer.out_features]
+            if self.bias is not None:
+                layer.bias.data = self.bias[start : start + layer.out_features]
+            start += layer.out_features
+        self.parts: dict[int, Tensor] = {}
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """The output of the layer of that number; each part is handed out once."""
+        if index == 0:
+            out = self.product(x, self.weight, self.bias, False)
+            self.parts = dict(enumerate(torch.split(out, self.sizes, -1)))
+        return self.parts.pop(index)
+
+
+class _Part(nn.Module):
+    """A packed layer under its old name."""
+
+    def __init__(self, layer: nn.Linear, pack: _Pack, index: int) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.pack, self.index = pack, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pack.part(self.index, x)
+
+
+class _Streamed(nn.Module):
+    """A linear layer, with its activation where that is a ReLU."""
+
+    def __init__(self, layer: nn.Linear, product: Product, relu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.product, self.relu = product, relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias, self.relu)
+
+
+class _Norm(nn.Module):
+    """A LayerNorm, or an RMSNorm as Llama's."""
+
+    def __init__(self, module: nn.Module, norm: Any) -> None:
+        super().__init__()
+        self.rms = not isinstance(module, nn.LayerNorm)
+        self.weight, self.bias = module.weight, getattr(module, "bias", None)
+        self.eps = module.variance_epsilon if self.rms else module.eps
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x, self.weight, self.bias, self.eps, self.rms)
+        return out
+
+
+def _is_norm(module: nn.Module) -> bool:
+    plain = type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1
+    return plain or type(module).__name__ == "LlamaRMSNorm"
+
+
+def _product(matvec: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    if x.numel() == x.shape[-1]:
+        out: Tensor = matvec(x, weight, bias, relu)
+        return out
+    if relu and bias is not None and x.device.type == "cuda":
+        flat = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t())
+        return flat.view(*x.shape[:-1], -1)
+    out = functional.linear(x, weight, bias)
+    return functional.relu_(out) if relu else out
+
+
+def fuse(model: nn.Module) -> None:
+    """Replaces the linear layers of a model, once. Needs Triton."""
+    if getattr(model, "auvsum_fused", False):
+        return
+    from auvsum.kernels.matvec import matvec
+    from auvsum.kernels.norm import norm
+
+    product = functools.partial(_product, matvec)
+    for module in list(model.modules()):
+        for names in _PACKED:
+            layers = [getattr(module, name, None) for name in names]
+            if all(type(layer) is nn.Linear for layer in layers):
+                _pack(module, names, [layer for layer in layers if isinstance(layer, nn.Linear)], product)
+        relu = (
+            isinstance(getattr(module, "activation_fn", None), nn.ReLU) and type(getattr(module, "fc1", 0)) is nn.Linear
+        )
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(module, name, _Streamed(layer, product, relu and name == "fc1"))
+            elif _is_norm(layer):
+                setattr(module, name, _Norm(layer, norm))
+        if relu:
+            module.activation_fn = nn.Identity()
+    model.auvsum_fused = True  # type: ignore[assignment]
+
+
+def _pack(module: nn.Module, names: tuple[str, ...], layers: list[nn.Linear], product: Product) -> None:
+    if len({(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}) > 1:
+        return
+    pack = _Pack(layers, product)
+    for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
+        setattr(module, name, _Part(layer, pack, index))

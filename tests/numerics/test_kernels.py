@@ -1,0 +1,258 @@
+"""The Triton kernels against the plain torch step and `kernels/reference.py`.
+
+On a machine with a GPU they run on it; elsewhere under Triton's interpreter, which `tests/conftest.py` turns on.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+from auvsum.cache.policies.auv import AUV
+from auvsum.cache.policies.full import Full
+from auvsum.cache.policies.h2o import H2O
+from auvsum.cache.policy import Policy
+from auvsum.cache.store import SlotStore
+from auvsum.kernels import decode_step, matvec, norm, reference, score_kernel, squeeze
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def make_store(policy: Policy, slots: int, batch: int, groups: int, size: int, dtype: torch.dtype) -> SlotStore:
+    return SlotStore(
+        batch=batch, kv_heads=groups, slots=policy.capacity(slots), head_dim=size, dtype=dtype, device=DEVICE,
+        state=policy.state, reconstruct=policy.keeps_reconstructed,
+    )  # fmt: skip
+
+
+def plain_step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The step of `auvsum.cache.attention` in fp32 whatever the type of the store."""
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
+    store.append(policy.place(store), key[:, :, 0], value[:, :, 0])
+    keys, values = (memory.float() for memory in store.read())
+    out, probabilities = reference.decode_attention(query[:, :, 0].float(), keys, values, store.valid, scale)
+    policy.observe(store, probabilities.view(batch, groups, heads // groups, -1).mean(2))
+    return out.view(batch, 1, heads, size)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    expected, actual = expected.double(), actual.double()
+    assert bool(actual.isfinite().all()), what
+    error = (actual - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def compare_stores(fused: SlotStore, plain: SlotStore, tolerance: float, when: str) -> None:
+    assert fused.pointer.tolist() == plain.pointer.tolist(), when
+    assert fused.seen.tolist() == plain.seen.tolist(), when
+    for row in range(fused.positions.shape[0]):
+        for head in range(fused.positions.shape[1]):
+            got, want = fused.snapshot(row, head), plain.snapshot(row, head)
+            where = f"{when}, row {row}, head {head}"
+            assert got["positions"] == want["positions"], where
+            for name, values in want["state"].items():
+                close(torch.tensor(got["state"][name]), torch.tensor(values), tolerance, f"{where}: {name}")
+            assert torch.equal(got["keys"], want["keys"]), where
+            assert torch.equal(got["values"], want["values"]), where
+            assert (got["reconstructed"] is None) == (want["reconstructed"] is None), where
+            if want["reconstructed"] is not None:
+                for name in ("key", "value", "mass"):
+                    a, b = (torch.as_tensor(side["reconstructed"][name]) for side in (got, want))
+                    close(a, b, 10 * tolerance, f"{where}: reconstructed {name}")
+
+
+POLICIES: dict[str, Policy] = {
+    "auv": AUV(),
+    "auv top 1, no slot": AUV(top_k=1, reconstruct=False, decay=0.8),
+    "h2o": H2O(),
+    "full": Full(),
+}
+#: heads, KV heads, head size, slots: odd lengths, several blocks, grouped-query, sizes that are no power of two.
+SHAPES = {
+    "one head": (1, 1, 32, 7),
+    "opt": (3, 3, 128, 13),
+    "grouped": (6, 2, 64, 16),
+    "80": (2, 2, 80, 10),
+    "wide": (8, 1, 256, 140),
+    "many slots": (2, 1, 64, 400),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32])
+def test_decode_step_equals_the_plain_one(name: str, shape: str, dtype: torch.dtype) -> None:
+    """Rows in different phases, one of them at rest, over several evictions; fresh random inputs every step."""
+    heads, groups, size, slots = SHAPES[shape]
+    policy = POLICIES[name]
+    batch, scale = 3, size**-0.5
+    plain = make_store(policy, slots, batch, groups, size, dtype)
+    plain.capacity[1] = policy.capacity(max(6, slots // 2))
+    plain.longest[:] = torch.tensor([slots, 2 * slots, 5], device=DEVICE)
+    plain.active[2] = False
+    fused = copy.deepcopy(plain)
+    capacity = plain.capacity.tolist()
+    start = 0
+    if slots > 100 and not CUDA:  # the interpreter is slow: begin with nearly full rows
+        for row in range(2):
+            kept = capacity[row] - 3
+            for store in (plain, fused):
+                generator = torch.Generator(DEVICE).manual_seed(row)
+                draw = lambda *s, g=generator: torch.randn(s, generator=g, device=DEVICE)  # noqa: E731
+                store.keys[0][row, :, :kept] = draw(groups, kept, size).to(dtype)
+                store.values[0][row, :, :kept] = draw(groups, kept, size).to(dtype)
+                store.positions[row, :, :kept] = torch.arange(kept, dtype=torch.int32, device=DEVICE)
+                store.valid[row, :, :kept] = True
+                for values in store.state.values():
+                    values[row, :, :kept] = draw(groups, kept).abs() + 0.1
+                store.pointer[row] = store.seen[row] = kept
+        start = 1
+    steps = 5 if start else 2 * slots if CUDA else slots + 5
+    if name == "full":
+        steps = min(steps, min(capacity[:2]) - int(plain.pointer.max()) if not start else 3)
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    for number in range(steps):
+        query = (torch.randn(batch, heads, 1, size, device=DEVICE) * 2).to(dtype)
+        key, value = (torch.randn(batch, groups, 1, size, device=DEVICE).to(dtype) for _ in range(2))
+        if number == steps // 2:  # a row that stops, as finished documents do
+            for store in (plain, fused):
+                store.active[0] = False
+        if number == steps // 2 + 1:
+            for store in (plain, fused):
+                store.active[0] = True
+        before = copy.deepcopy(plain) if not bool(plain.active.all()) else plain
+        wanted = plain_step(policy, plain, query, key, value, scale)
+        for row in (~plain.active).nonzero()[:, 0].tolist():  # what a row at rest holds means nothing: restore it
+            restore(plain, before, row)
+        got = decode_step.step(policy, fused, query, key, value, scale)
+        on = plain.active
+        close(got[on], wanted[on], tolerance, f"step {number}: output")
+        assert bool((got[~on] == 0).all())
+        if number % 5 == 0 or number > steps - 4 or start:
+            # Half precision rounds the reconstructed slot: from the first eviction on scores may differ by that.
+            compare_stores(fused, plain, 2e-4 if dtype == torch.float32 else tolerance, f"step {number}")
+
+
+def restore(store: SlotStore, before: SlotStore, row: int) -> None:
+    for name in ("positions", "valid", "pointer", "seen"):
+        getattr(store, name)[row] = getattr(before, name)[row]
+    for name, values in store.state.items():
+        values[row] = before.state[name][row]
+    store.keys[0][row], store.values[0][row] = before.keys[0][row], before.values[0][row]
+    if store.reconstruct:
+        for name in ("folded_key", "folded_value", "folded_mass"):
+            getattr(store, name)[row] = getattr(before, name)[row]
+
+
+@pytest.mark.parametrize("slots", [10, 200])
+def test_ties_are_broken_by_age(slots: int) -> None:
+    """Equal keys give equal probabilities: the newer counts as used, the older is evicted first."""
+    policy, size = AUV(top_k=2), 32
+    plain = make_store(policy, slots, 1, 1, size, torch.float32)
+    plain.longest[:] = 8
+    kept = int(plain.capacity[0]) - 2
+    plain.positions[0, 0, :kept] = torch.randperm(kept, device=DEVICE).int()
+    plain.valid[0, 0, :kept] = True
+    plain.pointer[:] = plain.seen[:] = kept
+    for name in policy.state:
+        plain.state[name][0, 0, :kept] = 1.0
+    fused = copy.deepcopy(plain)
+    zero = torch.zeros(1, 1, 1, size, device=DEVICE)
+    for number in range(3):
+        value = torch.randn(1, 1, 1, size, device=DEVICE)
+        plain_step(policy, plain, zero, zero, value, 1.0)
+        decode_step.step(policy, fused, zero, zero, value, 1.0)
+        compare_stores(fused, plain, 1e-5, f"step {number}")
+    assert plain.live(0) == int(plain.capacity[0]) // 3 * 2 + 1
+
+
+def test_decode_attention_is_softmax() -> None:
+    query, keys, values = torch.randn(2, 4, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    valid = torch.ones(2, 2, 5, dtype=torch.bool)
+    out, probabilities = reference.decode_attention(query, keys, values, valid, 0.5)
+    logits = [math.exp(0.5 * float(query[1, 3] @ keys[1, 1, j])) for j in range(5)]
+    expected: Any = sum(w * values[1, 1, j] for j, w in enumerate(logits)) / sum(logits)
+    assert torch.allclose(out[1, 3], expected, atol=1e-5)
+    assert torch.allclose(probabilities[1, 3], torch.tensor(logits) / sum(logits), atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "past", "chunk"), [
+    (2, 2, 32, 0, 37), (4, 2, 64, 70, 150), (3, 1, 80, 5, 129), (1, 1, 256, 0, 65), (2, 1, 128, 200, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("weighted", [True, False])
+def test_column_sums(heads: int, groups: int, size: int, past: int, chunk: int, weighted: bool) -> None:
+    dtype = torch.float16 if CUDA else torch.float32
+    query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
+    key = torch.randn(1, groups, past + chunk, size, device=DEVICE).to(dtype)
+    weights = torch.rand(groups, chunk, device=DEVICE) + 0.1 if weighted else None
+    scale = size**-0.5
+    logits = (query.double() @ key.double().repeat_interleave(heads // groups, 1).transpose(2, 3)) * scale
+    hidden = torch.ones(chunk, past + chunk, dtype=torch.bool, device=DEVICE).triu(past + 1)
+    lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1).float()
+    got = score_kernel.column_sums(query, key, lse, weights, scale, past)
+    for group in range(groups):
+        each = weights[group] if weights is not None else torch.ones(chunk, device=DEVICE)
+        wanted = reference.column_sums(query.double(), key.double(), each, scale, past)[0, group]
+        close(got[group], wanted, 1e-5, f"group {group}")
+
+
+@pytest.mark.parametrize("name", ["auv", "auv top 1, no slot", "h2o", "full"])
+def test_squeeze_fills_and_folds(name: str) -> None:
+    """Two chunks into one row of three: what is kept, what is folded, and the neighbours untouched."""
+    policy, groups, size, slots = POLICIES[name], 2, 40, 50
+    dtype = torch.float16 if CUDA else torch.float32
+    plain = make_store(policy, slots, 3, groups, size, dtype)
+    plain.clear(1, policy.capacity(40))
+    plain.aim(1, 90)
+    fused = copy.deepcopy(plain)
+    for chunk, kept in ((45, 30 if name != "full" else None), (7, 21 if name != "full" else None)):
+        if name == "full":
+            chunk = chunk // 3
+        key, value = (torch.randn(1, chunk, groups, size, device=DEVICE).to(dtype).transpose(1, 2)[0] for _ in range(2))
+        held = plain.hold(1, key, value)
+        for values in held.state.values():
+            values.copy_(torch.rand(values.shape, device=DEVICE))
+        other = fused.hold(1, key, value)
+        assert torch.equal(other.positions, held.positions)
+        other.state = {name: values.clone() for name, values in held.state.items()}
+        keep = None
+        if kept is not None:
+            keep = torch.stack([torch.randperm(held.size, device=DEVICE)[:kept].sort().values for _ in range(groups)])
+            if plain.reconstruct:
+                plain.fold(1, held.key, held.value, held.state[policy.folds_by].scatter(-1, keep, 0.0))
+        plain.fill(1, held, keep)
+        squeeze.squeeze(fused, 1, other, keep, policy.folds_by)
+        compare_stores(fused, plain, 1e-5, f"chunk of {chunk}")
+        assert fused.counts[1] == plain.counts[1]
+        assert torch.equal(fused.valid, plain.valid)
+
+
+@pytest.mark.parametrize("outputs", [64, 37])
+def test_matvec_and_norm(outputs: int) -> None:
+    dtype = torch.float16 if CUDA else torch.float32
+    x, weight = torch.randn(1, 1, 300, device=DEVICE).to(dtype), torch.randn(outputs, 300, device=DEVICE).to(dtype)
+    bias = torch.randn(outputs, device=DEVICE).to(dtype)
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    close(matvec.matvec(x, weight, bias), wanted, 1e-3, "linear")
+    close(matvec.matvec(x, weight, bias, True), wanted.relu(), 1e-3, "with ReLU")
+    close(matvec.matvec(x, weight, None), wanted - bias.double(), 1e-3, "without bias")
+    rows, scale, shift = torch.randn(5, 300, device=DEVICE).to(dtype), weight[0], weight[1]
+    layer = torch.nn.functional.layer_norm(rows.double(), (300,), scale.double(), shift.double(), 1e-5)
+    close(norm.norm(rows, scale, shift, 1e-5, False), layer, 1e-3, "LayerNorm")
+    rms = rows.double() * (rows.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double()
+    close(norm.norm(rows, scale, None, 1e-5, True), rms, 1e-3, "RMSNorm")
