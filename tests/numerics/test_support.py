@@ -10,9 +10,11 @@ import torch
 
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import ALIASES, make_policy, policy_class, policy_names
+from auvsum.config import Settings
 from auvsum.engine.generate import Engine, Request
 from auvsum.errors import PolicyError
 from auvsum.events import Finished
+from auvsum.summarize import Summarizer
 from tests import tiny
 from tests.numerics import harness
 
@@ -43,6 +45,26 @@ def engine(policy: str, chunk: int | None) -> str:
     return "yes"
 
 
+def fused(policy: str) -> str:
+    """Whether the decode step's kernel (on a GPU) takes the policy; the others run in plain torch there."""
+    from auvsum.kernels import decode_step
+
+    model = tiny.tiny_llama(layers=1)
+    cache = BudgetedCache(model.config, policy=policy, slots=None if policy == "full" else SLOTS)
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        model(tiny.tokens(PROMPT, 91), past_key_values=cache)
+    taken = all(decode_step.supports(layer.policy, layer.store) for layer in cache.layers)
+    return "yes" if taken else "plain torch"
+
+
+def few_bits(policy: str) -> str:
+    """Slots of 8 and 4 bits are refused before a model is loaded."""
+    for bits in (8, 4):
+        with pytest.raises(PolicyError, match=f"{bits}-bit slots are not supported"):
+            Summarizer.from_settings(Settings(policy=policy, kv_bits=bits))
+    return "refused"
+
+
 def tried(policy: str) -> list[str]:
     """The cells of one policy; a refusal must name the policy and say what else to do."""
     cells = []
@@ -53,13 +75,14 @@ def tried(policy: str) -> list[str]:
             except PolicyError as error:
                 named = policy in error.message and bool(error.hint)
                 cells.append("refused" if named else f"refused without a name: {error}")
-    return [*cells, drop_in(policy, None, torch.bfloat16)]
+    return [*cells, fused(policy), drop_in(policy, None, torch.bfloat16), few_bits(policy)]
 
 
 def document() -> str:
     lines = [
-        "| policy | drop-in, one pass | drop-in, chunks | engine, one pass | engine, chunks | 16 bit |",
-        "|---|---|---|---|---|---|",
+        "| policy | drop-in, one pass | drop-in, chunks | engine, one pass | engine, chunks | "
+        "fused step | 16 bit | 8, 4 bit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| `{name}` | {' | '.join(tried(name))} |" for name in policy_names()]
     lines += ["", "| policy | options | least slots | evicts | from |", "|---|---|---|---|---|"]
@@ -72,6 +95,7 @@ def document() -> str:
 
 
 def test_the_document_is_true() -> None:
+    pytest.importorskip("triton", reason="the fused step's column needs Triton")
     _head, mark, table = DOCUMENT.read_text(encoding="utf-8").partition(MARK)
     assert mark, f"{DOCUMENT} has lost its mark"
     assert table == document(), "docs/POLICIES.md is out of date: run `python -m tests.numerics.test_support`"
