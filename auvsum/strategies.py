@@ -132,7 +132,7 @@ def must_evict(policy: Policy) -> Policy:
     Raises:
         PolicyError: it keeps everything, or needs the whole prompt at once.
     """
-    if policy.name == "full" or not getattr(policy, "streams", True):
+    if policy.name == "full" or not policy.streams:
         raise PolicyError(
             f"policy {policy.name!r} cannot stream past the model's positions",
             "use --policy auv or h2o, or --strategy map-reduce",

@@ -213,11 +213,8 @@ class Summarizer:
         document_tokens = prompt.document[1] - prompt.document[0]
         max_new_tokens = settings.max_tokens or prompt.max_new_tokens
         strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
-        if strategy == "stream" and not self.policy.streams:
-            raise PolicyError(
-                f"policy {self.policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
-                "use --strategy single, or another policy (`auvsum policies` shows which)",
-            )
+        if strategy == "stream":
+            self.policy.refuse_chunks()
         over = self._over(prompt, max_new_tokens)
         if strategy != "single":
             return self._plan_long(text, prompt, max_new_tokens, strategy, over)

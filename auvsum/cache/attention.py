@@ -120,11 +120,8 @@ def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
     known = store.counts[row]
     if known.longest == 0:
         layer.settle(row, key.shape[2])
-    if not policy.streams and (known.seen or key.shape[2] < known.longest):
-        raise PolicyError(
-            f"policy {policy.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
-            "read the prompt in one pass (--strategy single), or use another policy",
-        )
+    if known.seen or key.shape[2] < known.longest:
+        policy.refuse_chunks()
     return store.hold(row, key[0], value[0])
 
 

@@ -22,10 +22,6 @@ class Codec:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def vector_bytes(self, head_dim: int) -> int:
-        """Bytes of one key or one value of one head."""
-        return head_dim * self.dtype.itemsize
-
     def allocate(self, shape: tuple[int, ...], head_dim: int, device: torch.device) -> list[Tensor]:
         """Memory for `shape` vectors; zeros, since a dead slot must not hold a NaN (0 · NaN is NaN)."""
         return [torch.zeros((*shape, head_dim), dtype=self.dtype, device=device)]

@@ -84,6 +84,18 @@ class Policy(abc.ABC):
             fixed += kv_heads * (2 * head_dim + 1) * 4
         return SlotCost(per_slot=per_slot, fixed=fixed)
 
+    def refuse_chunks(self) -> None:
+        """Called before a prompt is read in chunks.
+
+        Raises:
+            PolicyError: it needs the whole prompt at once.
+        """
+        if not self.streams:
+            raise PolicyError(
+                f"policy {self.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
+                "read the prompt in one pass (--strategy single), or use another policy: see `auvsum policies`",
+            )
+
     # -- prompt -------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
