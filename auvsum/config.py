@@ -23,7 +23,7 @@ TEMPLATE_NAMES = ("auto", "chat", "completion")
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "budget_scope": ("bytes", "paper"),
-    "kv_bits": (16, 8, 4),
+    "kv_bits": ("auto", "16", "8", "4"),
     "strategy": ("auto", "single", "stream", "map-reduce"),
     "style": (None, "paragraph", "bullets"),
     "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
@@ -39,6 +39,8 @@ class Settings:
     """One run, completely described. Field names are the flag names with underscores.
 
     Attributes:
+        kv_bits: of a stored key or value, or `auto`: the most with which a policy that chooses by head holds
+            everything, else 4; 16 with the other policies, as their papers have it.
         chunk: tokens read at a time by the `stream` strategy.
         window: tokens of a window of `map-reduce`; `None` takes what measured best and fits the positions.
         query: a question to answer instead of a summary. style: the summary's shape. cite: give sources.
@@ -56,7 +58,7 @@ class Settings:
     policy_options: dict[str, Any] = field(default_factory=dict)
     budget: str = "auto"
     budget_scope: Scope = "bytes"
-    kv_bits: int = 16
+    kv_bits: int | str = "auto"
     strategy: str = "auto"
     chunk: int = 512
     window: int | None = None
@@ -81,6 +83,7 @@ class Settings:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_bits", str(self.kv_bits))  # a library's 4 is a command line's "4"
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from auvsum.budget import ResolvedBudget
-from auvsum.cache.cache import BudgetedCache
+from auvsum.cache.heads import HeadsCache, second_look
 from auvsum.config import Settings
+from auvsum.engine.generate import AnyCache, make_cache
 from auvsum.engine.models import LoadedModel
 from auvsum.errors import UsageError
 from auvsum.summarize import Plan, Summarizer
@@ -81,22 +82,25 @@ def inspect(
 
 
 @torch.no_grad()
-def _read(loaded: LoadedModel, settings: Settings, plan: Plan) -> BudgetedCache:
+def _read(loaded: LoadedModel, settings: Settings, plan: Plan) -> AnyCache:
     """The prompt, as the engine reads it."""
     model, ids = loaded.model, torch.tensor([plan.prompt.ids], device=loaded.device)
     model.set_attn_implementation("auvsum")
-    cache = BudgetedCache(model.config, plan.policy, plan.budget.slots, batch=1)
+    cache = make_cache(model.config, plan.policy, plan.budget.slots, 1, plan.bits)
     cache.begin(ids.shape[1])
     start = 0
     for part in torch.split(ids, settings.chunk if plan.strategy == "stream" else ids.shape[1], dim=1):
         positions = torch.arange(start, start + part.shape[1], device=loaded.device)[None]
         with cache.reading(0):
-            model(part, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(part, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         start += part.shape[1]
+    if isinstance(cache, HeadsCache):
+        first = int(out.logits[0, -1].argmax())
+        cache.settle(0, second_look(model, cache, 0, plan.prompt.ids, plan.prompt.document, first))
     return cache
 
 
-def _kept(loaded: LoadedModel, plan: Plan, cache: BudgetedCache, layer: int | None, head: int | None) -> Kept:
+def _kept(loaded: LoadedModel, plan: Plan, cache: AnyCache, layer: int | None, head: int | None) -> Kept:
     first, end = plan.prompt.document
     layers = [index for index, one in enumerate(cache.layers) if one.window is None]
     groups = range(loaded.shape.kv_heads)
@@ -105,11 +109,7 @@ def _kept(loaded: LoadedModel, plan: Plan, cache: BudgetedCache, layer: int | No
     if head is not None and head not in groups:
         raise UsageError(f"KV head {head} cannot be shown", f"KV heads are 0 to {len(groups) - 1}")
     heads = {
-        (l, h): tuple(
-            position - first
-            for position in cache.layers[l].store.snapshot(0, h)["positions"]
-            if first <= position < end
-        )
+        (l, h): tuple(position - first for position in cache.layers[l].held_positions(0, h) if first <= position < end)
         for l in (layers if layer is None else [layer])  # noqa: E741
         for h in (groups if head is None else [head])
     }

@@ -22,7 +22,7 @@ from auvsum.engine.memory import free_bytes
 from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
-from auvsum.errors import BudgetError, DocumentEmpty, PolicyError
+from auvsum.errors import BudgetError, DocumentEmpty
 from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, Token
 from auvsum.text.citations import Citations, cite
 from auvsum.text.prompts import Prompt, build_prompt, truncate_document
@@ -43,6 +43,7 @@ class Plan:
         strategy: `single`, `stream` or `map-reduce`: see `strategies.py`. The budget of `map-reduce` is a window's.
         policy: the policy that runs; `full` when the budget is `auto` and the full cache fits.
         parts: how the prompt is read when not at the positions of its tokens.
+        bits: of a stored key or value.
     """
 
     prompt: Prompt
@@ -54,6 +55,7 @@ class Plan:
     budget: ResolvedBudget
     warnings: tuple[str, ...]
     parts: tuple[Part, ...] = ()
+    bits: int = 16
 
     @property
     def layer_slots(self) -> list[int]:
@@ -71,9 +73,9 @@ class Plan:
         return 2 if self.strategy == "map-reduce" else 1
 
     @property
-    def engine_key(self) -> tuple[str, str]:
+    def engine_key(self) -> tuple[str, str, int]:
         """Documents that agree in this can be written together by one engine."""
-        return self.policy.name, self.strategy
+        return self.policy.name, self.strategy, self.bits
 
 
 @dataclass
@@ -125,7 +127,7 @@ class Summary:
                 "scope": budget.scope,
                 "slots": budget.slots,
                 "layer_slots": plan.layer_slots,
-                "kv_bits": self.settings.kv_bits,
+                "kv_bits": plan.bits,
             },
             "kv": {
                 "peak_bytes": self.peak_bytes,
@@ -226,9 +228,9 @@ class Summarizer:
                 f"the last {cut:,} of {document_tokens:,} document tokens were cut to fit the model's "
                 f"{self.loaded.max_positions:,} positions"
             )
-        policy, budget = self._budget(len(prompt.ids), max_new_tokens)
+        policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens)
         warnings += _budget_warnings(policy, budget)
-        return Plan(prompt, document_tokens, cut, max_new_tokens, strategy, policy, budget, tuple(warnings))
+        return Plan(prompt, document_tokens, cut, max_new_tokens, strategy, policy, budget, tuple(warnings), bits=bits)
 
     def _plan_long(self, text: str, prompt: Prompt, max_new_tokens: int, strategy: str, over: bool) -> Plan:
         """The plan of a document that is streamed, or read in windows."""
@@ -239,19 +241,19 @@ class Summarizer:
             number = len(strategies.cut_windows(text, how.room, loaded.tokenizer))
             warnings = strategies.explain(strategy, prompt, loaded, settings, number)
             frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
-            policy, budget = self._budget(min(len(prompt.ids), how.room + frame), max_new_tokens)
+            policy, budget, bits = self._budget(min(len(prompt.ids), how.room + frame), max_new_tokens)
         elif over:
-            policy = strategies.must_evict(self.policy)
+            policy, bits = strategies.must_evict(self.policy), _bits(settings)
             most = strategies.stream_slots(loaded, settings.chunk, max_new_tokens)
-            budget = self._resolve(policy, len(prompt.ids), max_new_tokens, most)
+            budget = self._resolve(policy, len(prompt.ids), max_new_tokens, bits, most)
             parts, warning = strategies.stream_parts(prompt, max_new_tokens, settings.chunk, loaded, policy, budget)
             warnings = [warning]
         else:
-            policy, budget = self._budget(len(prompt.ids), max_new_tokens)
+            policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens)
             warnings = []
         warnings += _budget_warnings(policy, budget)
         tokens = prompt.document[1] - prompt.document[0]
-        return Plan(prompt, tokens, 0, max_new_tokens, strategy, policy, budget, tuple(warnings), parts)
+        return Plan(prompt, tokens, 0, max_new_tokens, strategy, policy, budget, tuple(warnings), parts, bits)
 
     def with_settings(self, settings: Settings) -> Summarizer:
         """The same model with other settings."""
@@ -267,11 +269,19 @@ class Summarizer:
             chunk=settings.chunk if plan.strategy == "stream" else None,
             batch_size=batch_size,
             sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
+            bits=plan.bits,
         )
 
     def request(self, plan: Plan) -> Request:
         """A planned document as the engine reads it."""
-        return Request(plan.prompt.ids, plan.budget.slots, plan.max_new_tokens, plan.parts, self.settings.timeout)
+        return Request(
+            plan.prompt.ids,
+            plan.budget.slots,
+            plan.max_new_tokens,
+            plan.parts,
+            self.settings.timeout,
+            plan.prompt.document,
+        )
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """What tokens say, without surrounding blanks."""
@@ -366,27 +376,37 @@ class Summarizer:
         limit = self.loaded.max_positions
         return limit is not None and len(prompt.ids) + max_new_tokens > limit
 
-    def _budget(self, prompt_tokens: int, max_new_tokens: int) -> tuple[Policy, ResolvedBudget]:
-        """The policy that runs and its budget: `auto` means the full cache when there is room for it."""
+    def _budget(self, prompt_tokens: int, max_new_tokens: int) -> tuple[Policy, ResolvedBudget, int]:
+        """The policy that runs, its budget and its bits: `auto` means the full cache when there is room for it."""
         budget = parse_budget(self.settings.budget, self.settings.budget_scope)
-
-        def resolved(policy: Policy) -> ResolvedBudget:
-            return self._resolve(policy, prompt_tokens, max_new_tokens)
-
         full = self.policy if self.policy.name == "full" else make_policy("full")
         if budget.kind == "auto" or self.policy.name == "full":
-            unbound = resolved(full)
+            bits = _bits(self.settings)
+            unbound = self._resolve(full, prompt_tokens, max_new_tokens, bits)
             if unbound.never_binds:
-                return full, unbound
+                return full, unbound, bits
             if self.policy.name == "full":
                 raise BudgetError(
                     f"the full cache of {prompt_tokens:,} + {max_new_tokens} tokens does not fit budget {budget.asked}",
                     "use --policy auv, which evicts, or --budget auto",
                 )
-        return self.policy, resolved(self.policy)
+        if not (self.policy.by_head and self.settings.kv_bits == "auto"):
+            bits = _bits(self.settings)
+            return self.policy, self._resolve(self.policy, prompt_tokens, max_new_tokens, bits), bits
+        # As many bits as hold everything; where none do, few bits lose less than few tokens (docs/LOG.md).
+        for bits in (16, 8, 4):
+            try:
+                resolved = self._resolve(self.policy, prompt_tokens, max_new_tokens, bits)
+            except BudgetError:
+                if bits == 4:
+                    raise
+                continue
+            if resolved.never_binds or bits == 4:
+                return self.policy, resolved, bits
+        raise AssertionError("unreachable")
 
     def _resolve(
-        self, policy: Policy, prompt_tokens: int, max_new_tokens: int, most_slots: int | None = None
+        self, policy: Policy, prompt_tokens: int, max_new_tokens: int, bits: int, most_slots: int | None = None
     ) -> ResolvedBudget:
         """The budget asked for, in slots of a policy."""
         shape = self.loaded.shape
@@ -398,7 +418,7 @@ class Summarizer:
         return resolve(
             parse_budget(self.settings.budget, self.settings.budget_scope),
             shape=shape,
-            cost=policy.slot_cost(**vector),
+            cost=policy.slot_cost(**vector, bits=bits),
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
             least_slots=policy.least_slots,
@@ -478,9 +498,12 @@ class Writing:
 
 def _policy(settings: Settings) -> Policy:
     """The policy that the settings ask for."""
-    if settings.kv_bits != 16:
-        raise PolicyError(f"{settings.kv_bits}-bit slots are not supported", "leave --kv-bits at 16")
     return make_policy(settings.policy, **settings.policy_options)
+
+
+def _bits(settings: Settings) -> int:
+    """Bits of a stored key or value; `auto` is the model's own type."""
+    return 16 if settings.kv_bits == "auto" else int(settings.kv_bits)
 
 
 class _Pieces:

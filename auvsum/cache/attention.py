@@ -23,7 +23,8 @@ from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
 if TYPE_CHECKING:
     from auvsum.cache.cache import LayerCache
-    from auvsum.cache.policy import Policy
+    from auvsum.cache.heads import HeadsLayer
+    from auvsum.cache.policy import SlotPolicy
 
 NAME = "auvsum"
 
@@ -50,7 +51,7 @@ def attention(
     Raises:
         PolicyError: without a `BudgetedCache`, or when the model slides where its configuration does not say so.
     """
-    layer: LayerCache | None = getattr(key, "auvsum_layer", None)
+    layer: LayerCache | HeadsLayer | None = getattr(key, "auvsum_layer", None)
     if layer is None:
         raise PolicyError(
             "attention 'auvsum' was called without a BudgetedCache",
@@ -142,7 +143,7 @@ def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttentio
     store.fill(row, held, keep)
 
 
-def _choose_share(policy: Policy, held: Held, share: int) -> Tensor | None:
+def _choose_share(policy: SlotPolicy, held: Held, share: int) -> Tensor | None:
     """What was held stays; of the new tokens the policy keeps its choice among them alone, as in `share` slots."""
     past = held.size - held.chunk
     state = {name: values[:, past:] for name, values in held.state.items()}

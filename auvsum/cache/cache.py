@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from auvsum.cache import attention
-from auvsum.cache.policy import Policy, make_policy
+from auvsum.cache.codec import make_codec
+from auvsum.cache.policy import Policy, SlotPolicy, make_policy
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import SlidingWindow, layer_windows
 from auvsum.cache.store import SlotStore
 from auvsum.errors import PolicyError
+from auvsum.kernels.column_scores import ChunkAttention
 
 #: The full cache without a given size grows by this many slots; every other store has a fixed size.
 _GROWTH = 256
@@ -47,12 +49,13 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        policy: Policy,
+        policy: SlotPolicy,
         slots: int | None,
         batch: int | None,
         place: tuple[int, int] = (0, 1),
         exact: bool = True,
         layer: int = 0,
+        bits: int = 16,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -60,6 +63,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.place = place
         self.exact = exact
         self.layer = layer
+        self.bits = bits
         self.batch = batch
         self.row: int | None = None
         self.reads_prompt = False
@@ -108,6 +112,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             device=key_states.device,
             state=self.policy.state,
             reconstruct=self.policy.keeps_reconstructed,
+            codec=make_codec(key_states.dtype, self.bits),
             layer=self.layer,
         )
         self.unread = set(range(self.batch or batch))
@@ -141,9 +146,39 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         index, layers = self.place
         return self.policy.layer_slots(granted, layers, tokens)[index]
 
+    @property
+    def row_count(self) -> int:
+        """Rows of the batch."""
+        return int(self.store.positions.shape[0])
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
         """What the attention function does in this layer, given what `update` returned."""
         return attention.attend(self, query, key, value, scale, tokens)
+
+    def take(self, row: int, key: Tensor, value: Tensor, seen: ChunkAttention) -> None:
+        """A whole prompt `[1, G, n, D]` that was attended to elsewhere."""
+        self.row, self.reads_prompt = row, True
+        self.update(key, value)
+        if int(self.store.seen[row]):
+            raise PolicyError("a prompt is taken whole", "begin the row anew before")
+        attention.choose_and_fill(self, row, attention.hold(self, row, key, value), seen)
+        self.row, self.reads_prompt = None, False
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return int(self.store.positions.shape[1])
+
+    def kept(self, row: int, tokens: int) -> Tensor:
+        """How many heads hold each of a row's first `tokens` tokens: fp32 `[tokens]`, on the CPU."""
+        store = self.store
+        positions = store.positions[row, :, : store.slots][store.valid[row, :, : store.slots]]
+        return torch.bincount(positions, minlength=tokens)[:tokens].float().cpu()
+
+    def held_positions(self, row: int, head: int) -> list[int]:
+        """Positions of the tokens that a head holds, ascending."""
+        positions: list[int] = self.store.snapshot(row, head)["positions"]
+        return positions
 
     def _start(self, row: int, chunk: int) -> None:
         """The first tokens of a row. How many they are is declared, or known when the first chunk is read."""
@@ -200,8 +235,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     @staticmethod
     def _like(store: SlotStore) -> Tensor:
-        batch, groups, _, size = store.keys[0].shape
-        return store.keys[0].new_empty((batch, groups, 0, size))
+        batch, groups, _ = store.positions.shape
+        return torch.empty((batch, groups, 0, store.head_dim), dtype=store.dtype, device=store.positions.device)
 
     def count_prefill(self, *tensors: Tensor) -> None:
         """Notes what a chunk needs for a moment besides the stores."""
@@ -247,6 +282,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         policy: a name (`auvsum policies`) or a `Policy`.
         slots: slots per layer, or one number a layer; None only for `full`, which then grows.
         batch: rows; None takes the batch of the first call.
+        bits: of a stored channel: 16 (the model's type), 8 or 4.
         options: the policy's options, such as `top_k`, `decay`, `reconstruct` for AUV.
 
     Raises:
@@ -260,14 +296,19 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         slots: int | Sequence[int] | None = None,
         *,
         batch: int | None = None,
+        bits: int = 16,
         **options: Any,
     ) -> None:
-        if isinstance(policy, Policy):
-            if options:
-                raise PolicyError("options were given beside a finished policy", "build the policy with them")
-            self.policy = policy
-        else:
-            self.policy = make_policy(policy, **options)
+        if isinstance(policy, str):
+            policy = make_policy(policy, **options)
+        elif options:
+            raise PolicyError("options were given beside a finished policy", "build the policy with them")
+        if not isinstance(policy, SlotPolicy):
+            raise PolicyError(
+                f"policy {policy.name!r} looks at a prompt twice, which a cache alone cannot do",
+                "use auvsum.Summarizer, or auvsum.cache.heads",
+            )
+        self.policy = policy
         windows = layer_windows(config)
         full = [layer for layer, window in enumerate(windows) if window is None]
         if not full and self.policy.name != "full":
@@ -289,7 +330,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             if one:
                 self._check(number)
             place = (full.index(index), len(full))
-            layers.append(LayerCache(self.policy, number, batch, place, not one, index))
+            layers.append(LayerCache(policy, number, batch, place, not one, index, bits))
         super().__init__(layers=layers)
 
     def _check(self, slots: int | None) -> None:

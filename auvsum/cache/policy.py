@@ -1,11 +1,7 @@
 """The protocol of an eviction policy. A policy is one frozen dataclass in one file of `policies/`, found by name.
 
-A policy never touches keys or values: it turns attention probabilities into per-slot state and names slots.
-
-    prompt (one-shot or in chunks)   observe_chunk(attention, held, store, row)   update the state of all candidates
-                                     choose(held, capacity) -> columns to keep, or None for all
-    decode, one token a row          place(store) -> the slot of the arriving token
-                                     observe(store, probabilities)                after attention: update, maybe evict
+`Policy` is what callers must know of any; `SlotPolicy` is one for a `SlotStore`, where all heads of a layer hold the
+same number of tokens. It never touches keys or values: it turns attention probabilities into state and names slots.
 """
 
 from __future__ import annotations
@@ -22,6 +18,7 @@ import torch
 from torch import Tensor
 
 from auvsum.budget import SlotCost
+from auvsum.cache.codec import vector_bytes
 from auvsum.cache.store import Held, SlotStore
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
@@ -44,6 +41,8 @@ class Policy(abc.ABC):
     streams: ClassVar[bool] = True
     #: Whether all heads of a layer hold the same tokens.
     one_set: ClassVar[bool] = False
+    #: Whether every head has its own number of tokens: `cache/heads.py` holds them instead of `SlotStore`.
+    by_head: ClassVar[bool] = False
 
     @classmethod
     def build(cls, **options: Any) -> Policy:
@@ -76,9 +75,10 @@ class Policy(abc.ABC):
         """The slots it peaks at when granted `tokens` tokens in the AUV paper's accounting."""
         return tokens
 
-    def slot_cost(self, *, kv_heads: int, head_dim: int, element_bytes: int) -> SlotCost:
+    def slot_cost(self, *, kv_heads: int, head_dim: int, element_bytes: int, bits: int = 16) -> SlotCost:
         """What its store allocates in one layer for one sequence (`SlotStore` allocates exactly this)."""
-        per_slot = kv_heads * (2 * head_dim * element_bytes + 4 * len(self.state) + _SLOT_BYTES)
+        vector = vector_bytes(head_dim, element_bytes, bits)
+        per_slot = kv_heads * (2 * vector + 4 * len(self.state) + _SLOT_BYTES)
         fixed = _ROW_BYTES + _HEAD_BYTES * kv_heads
         if self.keeps_reconstructed:
             fixed += kv_heads * (2 * head_dim + 1) * 4
@@ -95,6 +95,17 @@ class Policy(abc.ABC):
                 f"policy {self.name!r} chooses by the prompt's last queries: it cannot read a prompt in chunks",
                 "read the prompt in one pass (--strategy single), or use another policy: see `auvsum policies`",
             )
+
+
+@dataclass(frozen=True)
+class SlotPolicy(Policy):
+    """A policy for a `SlotStore`.
+
+    prompt (one-shot or in chunks)   observe_chunk(attention, held, store, row)   update the state of all candidates
+                                     choose(held, capacity) -> columns to keep, or None for all
+    decode, one token a row          place(store) -> the slot of the arriving token
+                                     observe(store, probabilities)                after attention: update, maybe evict
+    """
 
     # -- prompt -------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auvsum.cache.policy import Policy, keep_recent_and_best
+from auvsum.cache.policy import SlotPolicy, keep_recent_and_best
 from auvsum.cache.store import Held, SlotStore
 
 
@@ -28,7 +28,7 @@ def advance(store: SlotStore, ring: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Ring(Policy):
+class Ring(SlotPolicy):
     """Nothing that the prompt left is evicted later; the newest tokens share a ring, so that the cap holds."""
 
     @abc.abstractmethod
@@ -43,7 +43,7 @@ class Ring(Policy):
 
 
 @dataclass(frozen=True)
-class SingleStep(Policy):
+class SingleStep(SlotPolicy):
     """`2L` slots, the latter half a ring: each step one victim of the first half goes, the ring's oldest takes over."""
 
     @abc.abstractmethod

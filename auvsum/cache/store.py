@@ -90,6 +90,7 @@ class SlotStore:
         self.slots = slots
         self.reconstruct = reconstruct
         self.dtype = dtype
+        self.head_dim = head_dim
         shape = (batch, kv_heads, slots + reconstruct)
         self.codec = codec or Codec(dtype)
         self.keys = self.codec.allocate(shape, head_dim, device)

@@ -76,6 +76,9 @@ def command(
     recipe: Recipe = None,
     only: Annotated[str | None, _option("Names of the recipe's runs to measure.", metavar="A,B")] = None,
     batch_size: Annotated[int | None, _option("Documents written together; more on a GPU.", metavar="N")] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that measure documents side by side, a model each.", min=1, metavar="N")
+    ] = 1,
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
@@ -112,7 +115,7 @@ def command(
         from auvsum.eval.runs import Run
 
         folder = data_dir or (Path(path) if (path := os.environ.get("AUVSUM_DATA_DIR")) else None)
-        machine = _Machine(folder, download, device or "auto", threads, batch_size)
+        machine = _Machine(folder, download, device or "auto", threads, batch_size, jobs)
         codes = []
         for name, config in configurations(recipe, flags, split_list(only or "")):
             where = (out / name if name else out) if out else Path("runs") / (name or _default_name(config))
@@ -165,6 +168,7 @@ class _Machine:
     device: str
     threads: int | None
     batch_size: int | None
+    jobs: int
 
 
 def _evaluate(console: Console, config: EvalConfig, run: Run, resume: bool, machine: _Machine) -> int:
@@ -189,7 +193,7 @@ def _evaluate(console: Console, config: EvalConfig, run: Run, resume: bool, mach
     batch = machine.batch_size or (8 if loaded.device.type == "cuda" else 1)
     runner = Runner(config, loaded, examples, batch_size=batch, progress=console.note)
     console.note(f"{len(runner.examples)} documents, {len(runner.cells)} rows, {runner.prompter.setting} -> {run.path}")
-    runner.into(run)
+    runner.into(run, machine.jobs)
     metrics = _score(console, run, encoder)
     return 1 if metrics["failed"] else 0
 

@@ -45,7 +45,7 @@ Budget = Annotated[
     _option("auto, 4% of the full cache's bytes, 512 slots a layer, or 64MiB.", metavar="AMOUNT"),
 ]
 BudgetScope = Annotated[str | None, _option("bytes, or the accounting of the AUV paper.", metavar="bytes|paper")]
-KvBits = Annotated[int | None, _option("Bits of a stored key or value.", metavar="16|8|4")]
+KvBits = Annotated[str | None, _option("Bits of a stored key or value.", metavar="auto|16|8|4")]
 Strategy = Annotated[
     str | None,
     _option("Read in one pass, or in chunks over the budgeted cache.", metavar="auto|single|stream"),

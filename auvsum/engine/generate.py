@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auvsum.cache import heads
 from auvsum.cache.cache import BudgetedCache
+from auvsum.cache.heads import HeadsCache
+from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.cache.policy import Policy
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
@@ -35,6 +38,14 @@ from auvsum.events import Event, Failed, Finished, FinishReason, Notice, Prefill
 _LOOK_AHEAD = 64
 
 Waiting = deque[tuple[int, "Request"]]
+AnyCache = BudgetedCache | HeadsCache
+
+
+def make_cache(config: Any, policy: Policy, slots: int | Sequence[int], rows: int, bits: int = 16) -> AnyCache:
+    """The cache that a policy needs."""
+    if isinstance(policy, AUVLook):
+        return HeadsCache(config, policy, slots, rows=rows, bits=bits)
+    return BudgetedCache(config, policy, slots, batch=rows, bits=bits)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Request:
         max_new_tokens: at most this many are written.
         parts: how the prompt is read when not at the positions of its tokens: see `engine/parts.py`.
         timeout: seconds after which the document fails; looked at between chunks and between tokens.
+        document: the span of `ids` that is the document; None for all of them.
     """
 
     ids: Sequence[int]
@@ -54,6 +66,7 @@ class Request:
     max_new_tokens: int
     parts: tuple[Part, ...] = ()
     timeout: float | None = None
+    document: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -100,6 +113,7 @@ class Engine:
         eos_ids: tokens that end a document.
         chunk: tokens read at a time over the budgeted cache (streaming prefill); None reads a prompt in one pass.
         batch_size: documents decoded together; None takes as many as free memory holds.
+        bits: of a stored channel: 16 (the model's type), 8 or 4.
     """
 
     def __init__(
@@ -111,8 +125,10 @@ class Engine:
         chunk: int | None = None,
         batch_size: int | None = 1,
         sampling: Sampling | None = None,
+        bits: int = 16,
     ) -> None:
         self.model = model
+        self.bits = bits
         self.policy = policy
         self.eos_ids = frozenset(eos_ids)
         self.chunk = chunk
@@ -136,7 +152,9 @@ class Engine:
         self._told = {}
         ahead = self.batch_size or _LOOK_AHEAD
         waiting: Waiting = deque(islice(incoming, ahead))
-        batch = self.batch_size or rows_that_fit(self.model, self.policy, [request for _, request in waiting])
+        batch = self.batch_size or rows_that_fit(
+            self.model, self.policy, [request for _, request in waiting], self.bits
+        )
         while waiting:
             rows: list[_Row | None] = [None] * min(batch, len(waiting))
             try:
@@ -184,7 +202,7 @@ class Engine:
     # -- one document -------------------------------------------------------------------------------------------------
 
     def _admit(
-        self, cache: BudgetedCache, graph: DecodeGraph | None, number: int, index: int, request: Request
+        self, cache: AnyCache, graph: DecodeGraph | None, number: int, index: int, request: Request
     ) -> Generator[Event, None, _Row | None]:
         """Reads a prompt into a row and writes its first token; returns the row, or None when that was all."""
         row = _Row(index, request, self.sampling.noise(request.max_new_tokens), admitted=time.perf_counter())
@@ -199,7 +217,7 @@ class Engine:
             graph.fill(number, token, row.position, request.max_new_tokens - 1, row.noise)
         return going
 
-    def _prefill(self, cache: BudgetedCache, number: int, row: _Row) -> Generator[Event, None, int]:
+    def _prefill(self, cache: AnyCache, number: int, row: _Row) -> Generator[Event, None, int]:
         """Reads a row's prompt; returns its first new token."""
         request, total = row.request, len(row.request.ids)
         rotary = self._rotary() if request.compact else None
@@ -212,6 +230,11 @@ class Engine:
             position += part.end - part.start
             yield PrefillProgress(row.index, part.end, total)
             row.check_time()
+        if isinstance(cache, HeadsCache):
+            span = request.document or (0, total)
+            look = heads.second_look(self.model, cache, number, request.ids, span, int(logits.argmax()))
+            cache.settle(number, look)
+            row.check_time()
         compacted = cache.end_prompt(number)
         row.first = position if compacted is None else compacted
         token = self._draw(row, logits)
@@ -220,7 +243,7 @@ class Engine:
         yield Prefilled(row.index, total, row.started - row.admitted, cache.prefill_peak_bytes, held_bytes)
         return token
 
-    def _advance(self, cache: BudgetedCache, rows: list[_Row | None]) -> Iterator[Event]:
+    def _advance(self, cache: AnyCache, rows: list[_Row | None]) -> Iterator[Event]:
         """One decode step for all rows."""
         tokens = [row.written[-1] if row else 0 for row in rows]
         positions = [row.position if row else 0 for row in rows]
@@ -229,7 +252,7 @@ class Engine:
             if row is not None:
                 rows[number] = yield from self._take(cache, number, row, partial(self._draw, row, logits[number]))
 
-    def _advance_graph(self, cache: BudgetedCache, graph: DecodeGraph, rows: list[_Row | None]) -> Iterator[Event]:
+    def _advance_graph(self, cache: AnyCache, graph: DecodeGraph, rows: list[_Row | None]) -> Iterator[Event]:
         """Starts the next step of all rows and takes the tokens of the one before."""
         graph.launch(rows)
         arrived = graph.arrived()
@@ -243,7 +266,7 @@ class Engine:
             arrived = None if any(rows) else graph.arrived(lag=0)
 
     def _take(
-        self, cache: BudgetedCache, number: int, row: _Row, token: Callable[[], int]
+        self, cache: AnyCache, number: int, row: _Row, token: Callable[[], int]
     ) -> Generator[Event, None, _Row | None]:
         """A row's next token, or its failure; returns the row while it goes on."""
         try:
@@ -254,7 +277,7 @@ class Engine:
             yield Failed(row.index, error)
             return None
 
-    def _write(self, cache: BudgetedCache, number: int, row: _Row, token: int) -> Generator[Event, None, _Row | None]:
+    def _write(self, cache: AnyCache, number: int, row: _Row, token: int) -> Generator[Event, None, _Row | None]:
         """Takes a row's next token; returns the row, or None when the document is complete."""
         reason: FinishReason | None = "eos" if token in self.eos_ids else None
         if reason is None:
@@ -279,7 +302,7 @@ class Engine:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _read(self, cache: BudgetedCache, number: int, ids: Sequence[int], start: int) -> Tensor:
+    def _read(self, cache: AnyCache, number: int, ids: Sequence[int], start: int) -> Tensor:
         """A chunk of a prompt; the logits `[V]` of its last token."""
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
@@ -289,7 +312,7 @@ class Engine:
         return logits
 
     @torch.no_grad()
-    def _step(self, cache: BudgetedCache, tokens: list[int], positions: list[int]) -> Tensor:
+    def _step(self, cache: AnyCache, tokens: list[int], positions: list[int]) -> Tensor:
         """The next token of every row; logits `[B, V]`."""
         out = self.model(
             torch.tensor(tokens, device=self.device)[:, None],
@@ -311,13 +334,13 @@ class Engine:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _cache_for(self, waiting: Iterable[tuple[int, Request]], rows: int) -> BudgetedCache:
+    def _cache_for(self, waiting: Iterable[tuple[int, Request]], rows: int) -> AnyCache:
         """A cache for the documents that come first, as large as the largest of them needs."""
         first = [self._per_layer(request) for _, request in waiting][:rows]
         slots = [max(layer) for layer in zip(*first, strict=True)]
-        return BudgetedCache(self.model.config, self.policy, slots, batch=rows)
+        return make_cache(self.model.config, self.policy, slots, rows, self.bits)
 
-    def _graph_for(self, cache: BudgetedCache, longest: int) -> tuple[DecodeGraph | None, str | None]:
+    def _graph_for(self, cache: AnyCache, longest: int) -> tuple[DecodeGraph | None, str | None]:
         """The captured decode step, or why there is none."""
         if self.device.type == "cuda":
             cache.allocate(**cache_shape(self.model), device=self.device)
@@ -335,7 +358,7 @@ class Engine:
         return [next(shared) if window is None else window for window in self.windows]
 
     def _next_fits(
-        self, waiting: Waiting, incoming: Iterator[tuple[int, Request]], cache: BudgetedCache, longest: int
+        self, waiting: Waiting, incoming: Iterator[tuple[int, Request]], cache: AnyCache, longest: int
     ) -> bool:
         """Whether there is a next document and it fits the slots; otherwise it waits for the next cache."""
         if not waiting:

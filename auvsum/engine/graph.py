@@ -39,6 +39,8 @@ def why_not(cache: BudgetedCache, device: torch.device) -> str | None:
     kernel = fused_step(device.type)
     if kernel is None:
         return "Triton is not installed"
+    if cache.policy.by_head:
+        return f"policy {cache.policy.name!r} has no fused decode step"
     if not all(kernel.supports(layer.policy, layer.store) for layer in cache.layers):
         return f"policy {cache.policy.name!r} has no fused decode step"
     return None

@@ -59,14 +59,14 @@ def cache_shape(model: Any) -> dict[str, Any]:
     }
 
 
-def rows_that_fit(model: Any, policy: Policy, requests: Sequence[Request]) -> int:
+def rows_that_fit(model: Any, policy: Policy, requests: Sequence[Request], bits: int = 16) -> int:
     """How many documents the free memory holds together, beside the reading of the longest prompt; at least one."""
     if not requests:
         return 1
     parameter = next(model.parameters())
     config = model.config.get_text_config(decoder=True)
     element, shape = parameter.dtype.itemsize, cache_shape(model)
-    cost = policy.slot_cost(kv_heads=shape["kv_heads"], head_dim=shape["head_dim"], element_bytes=element)
+    cost = policy.slot_cost(kv_heads=shape["kv_heads"], head_dim=shape["head_dim"], element_bytes=element, bits=bits)
     layers = config.num_hidden_layers
     slots = max(
         request.slots * layers if isinstance(request.slots, int) else sum(request.slots) for request in requests
@@ -77,5 +77,7 @@ def rows_that_fit(model: Any, policy: Policy, requests: Sequence[Request]) -> in
     row_bytes = layers * cost.fixed + slots * cost.per_slot + config.vocab_size * (element + 16)
     prompt = max(len(request.ids) for request in requests)
     prompt_bytes = prompt * element * (12 * config.hidden_size + 3 * width)
+    if policy.by_head:  # which holds all of a prompt until it has chosen
+        prompt_bytes += prompt * element * layers * 2 * shape["kv_heads"] * shape["head_dim"]
     fit = int((_PLANNED * free_bytes(parameter.device) - prompt_bytes) // row_bytes)
     return max(1, min(fit, _MOST_ROWS[parameter.device.type], len(requests)))

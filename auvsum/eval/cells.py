@@ -9,7 +9,6 @@ from typing import Literal
 
 from auvsum.budget import CacheShape, ResolvedBudget, Scope, parse_budget, resolve
 from auvsum.cache.policy import Policy, make_policy
-from auvsum.errors import PolicyError
 from auvsum.eval.config import EvalConfig, split_policy
 
 #: `cache`: a policy under a budget. `cut`: the truncated prompt. `full`: the full cache. `text`: no model at all.
@@ -45,15 +44,12 @@ def cells(config: EvalConfig) -> list[Cell]:
     """All rows of a run, those that are not ours first.
 
     Raises:
-        PolicyError: an unknown policy, option or number of bits.
+        PolicyError: an unknown policy or option.
     """
     policies = []
     for spec in config.policies:
         name, options = split_policy(spec)
         policies.append((spec, make_policy(name, **options)))
-    for bits in config.kv_bits:
-        if bits != 16:
-            raise PolicyError(f"{bits}-bit slots are not supported", "leave --kv-bits at 16")
     found = [Cell("full", FULL), Cell("text", FIRST_WORDS), Cell("text", LEXRANK)]
     found += [Cell("cut", "truncated prompt", make_policy("full"), budget) for budget in config.budgets]
     for scope in config.budget_scopes:
@@ -75,7 +71,9 @@ def resolved(cell: Cell, shape: CacheShape, prompt_tokens: int, max_new_tokens: 
     """
     assert cell.policy is not None
     policy = cell.policy
-    cost = policy.slot_cost(kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes)
+    cost = policy.slot_cost(
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes, bits=cell.kv_bits
+    )
     return resolve(
         parse_budget(cell.budget, cell.scope),
         shape=shape,

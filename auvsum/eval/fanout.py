@@ -4,7 +4,7 @@ In a one-shot prompt every token attends to all before it, whatever the policy: 
 hidden states, queries, keys and values are the same for all policies and budgets, and one pass of the model can fill
 every cache. A decode step is one batch whose rows lie in different caches, one after the other.
 
-    fan = FanOut([h2o_cache, auv_cache])              # BudgetedCaches with `batch` rows each
+    fan = FanOut([h2o_cache, auv_cache])              # caches with `batch` rows each
     with fan.reading([(0, 0), (1, 0), (1, 1)]):       # (cache, row) pairs that this prompt goes to
         model(ids, past_key_values=fan, ...)
     model(tokens, past_key_values=fan, ...)           # rows: h2o's, then auv's
@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from auvsum.cache import attention
 from auvsum.cache.cache import BudgetedCache, LayerCache
+from auvsum.cache.heads import HeadsCache, HeadsLayer
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
 
 class FanOut(Cache):  # type: ignore[misc]
-    """Several `BudgetedCache`s behind one `past_key_values`.
+    """Several caches behind one `past_key_values`.
 
     Args:
         caches: each made with its number of rows (`batch=`); their rows follow each other in a decode batch.
     """
 
-    def __init__(self, caches: Sequence[BudgetedCache]) -> None:
+    def __init__(self, caches: Sequence[BudgetedCache | HeadsCache]) -> None:
         super().__init__(layers=[_FanLayer(members) for members in zip(*(c.layers for c in caches), strict=True)])
 
     @contextmanager
@@ -55,7 +55,7 @@ class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, members: Sequence[LayerCache]) -> None:
+    def __init__(self, members: Sequence[LayerCache | HeadsLayer]) -> None:
         super().__init__()
         self.members = list(members)
         self.targets: list[tuple[int, int]] | None = None
@@ -85,7 +85,7 @@ class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
             return self._read(self.targets, query, key, value, scale)
         parts, start = [], 0
         for member in self.members:
-            rows = slice(start, start + member.store.positions.shape[0])
+            rows = slice(start, start + member.row_count)
             start = rows.stop
             key_rows, value_rows = member.update(key[rows], value[rows])
             parts.append(member.attend(query[rows], key_rows, value_rows, scale, None))
@@ -95,13 +95,7 @@ class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
         out, seen = attend_chunk(query, key, value, scale, 0)
         shared = _Shared(**{f.name: getattr(seen, f.name) for f in fields(seen)})
         for number, row in targets:
-            member = self.members[number]
-            member.row, member.reads_prompt = row, True
-            member.update(key, value)
-            if int(member.store.seen[row]):
-                raise PolicyError("a fan-out reads whole prompts", "begin the row anew before reading into it")
-            attention.choose_and_fill(member, row, attention.hold(member, row, key, value), shared)
-            member.row, member.reads_prompt = None, False
+            self.members[number].take(row, key, value, shared)
         return out.transpose(1, 2)
 
     def get_seq_length(self) -> int:

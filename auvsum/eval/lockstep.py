@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auvsum.cache.cache import BudgetedCache
+from auvsum.cache.heads import HeadsCache, Look, second_look
 from auvsum.cache.policy import Policy, make_policy
+from auvsum.engine.generate import make_cache
 from auvsum.errors import GenerationFailed
 from auvsum.eval.fanout import FanOut
 
@@ -30,6 +31,7 @@ class Start:
     Args:
         slots: granted to each layer, or one number a layer.
         prompt: read by this cache alone instead of the document's prompt (a truncated one).
+        bits: of a stored channel.
         group: caches of the same policy and group share their tensors; rows of very different sizes should not.
     """
 
@@ -37,6 +39,7 @@ class Start:
     slots: int | tuple[int, ...]
     prompt: tuple[int, ...] | None = None
     group: str = ""
+    bits: int = 16
 
 
 @dataclass
@@ -75,6 +78,7 @@ def write_together(
     *,
     max_new_tokens: int,
     eos_ids: Collection[int] = (),
+    spans: Sequence[tuple[int, int]] | None = None,
     forced: bool = True,
     free: bool = True,
 ) -> list[tuple[Written, list[Written]]]:
@@ -82,6 +86,7 @@ def write_together(
 
     Args:
         model: a transformers decoder; its attention implementation is set to "auvsum".
+        spans: which tokens of each prompt are the document; None for all.
         prompts: token ids a document. starts: for each document the caches beside the full one.
 
     Returns:
@@ -90,7 +95,7 @@ def write_together(
     Raises:
         GenerationFailed: logits that are not numbers.
     """
-    batch = _Batch(model, prompts, starts, max_new_tokens, forced, free)
+    batch = _Batch(model, prompts, starts, max_new_tokens, spans, forced, free)
     with torch.no_grad():
         return batch.run(frozenset(eos_ids))
 
@@ -102,26 +107,28 @@ class _Batch:
         prompts: Sequence[Sequence[int]],
         starts: Sequence[Sequence[Start]],
         max_new_tokens: int,
+        spans: Sequence[tuple[int, int]] | None,
         forced: bool,
         free: bool,
     ) -> None:
         model.set_attn_implementation("auvsum")
         self.model, self.prompts, self.starts, self.max_new_tokens = model, prompts, starts, max_new_tokens
-        self.device = next(model.parameters()).device
+        self.device, self.spans = next(model.parameters()).device, spans
         full = Start(make_policy("full"), max(len(prompt) for prompt in prompts) + max_new_tokens)
-        members: dict[tuple[Policy, str], list[_Row]] = {(full.policy, "full"): []}
-        sizes: dict[tuple[Policy, str], list[int | tuple[int, ...]]] = {(full.policy, "full"): [full.slots]}
+        first = (full.policy, "full", 16)
+        members: dict[tuple[Policy, str, int], list[_Row]] = {first: []}
+        sizes: dict[tuple[Policy, str, int], list[int | tuple[int, ...]]] = {first: [full.slots]}
         for document in range(len(prompts)):
-            members[full.policy, "full"].append(_Row(document, None, False))
+            members[first].append(_Row(document, None, False))
             for number, start in enumerate(starts[document]):
-                key = (start.policy, start.group)
+                key = (start.policy, start.group, start.bits)
                 members.setdefault(key, []).extend(
                     _Row(document, number, kind) for kind, wanted in ((True, forced), (False, free)) if wanted
                 )
                 sizes.setdefault(key, []).append(start.slots)
         self.caches = [
-            BudgetedCache(model.config, policy, _largest(sizes[policy, group]), batch=len(rows))
-            for (policy, group), rows in members.items()
+            make_cache(model.config, policy, _largest(sizes[policy, group, bits]), len(rows), bits)
+            for (policy, group, bits), rows in members.items()
             if rows
         ]
         self.rows: list[_Row] = []
@@ -165,10 +172,25 @@ class _Batch:
         for row in self.rows:  # all rows are declared before the first allocates a store
             slots = None if row.start is None else self.starts[row.document][row.start].slots
             self.caches[row.cache].begin(len(self._prompt(row)), row=row.row, slots=slots)
-        for (_, prompt), numbers in groups.items():
+        for (document, prompt), numbers in groups.items():
             first[numbers] = self._read(prompt, numbers).argmax(-1)
+            self._settle(document, prompt, numbers, int(first[numbers[0]]))
         kept = [self._kept(row) for row in self.rows]
         return torch.where(self.forced, first[self.leader], first), kept
+
+    def _settle(self, document: int, prompt: tuple[int, ...], numbers: list[int], token: int) -> None:
+        """The second look of the rows whose policy takes one: once for all that ask the same, whatever the budget."""
+        looks: dict[tuple[float, int, int], Look | None] = {}
+        for number in numbers:
+            row = self.rows[number]
+            cache = self.caches[row.cache]
+            if not isinstance(cache, HeadsCache):
+                continue
+            queries = cache.policy.queries
+            if looks.get(queries) is None:
+                span = self.spans[document] if self.spans else (0, len(prompt))
+                looks[queries] = second_look(self.model, cache, row.row, prompt, span, token)
+            cache.settle(row.row, looks[queries])
 
     def _read(self, prompt: tuple[int, ...], numbers: list[int]) -> Tensor:
         with self.fan.reading((self.rows[number].cache, self.rows[number].row) for number in numbers):
@@ -191,15 +213,12 @@ class _Batch:
     def _kept(self, row: _Row) -> Tensor:
         """The share of (layer, head) pairs that hold each token of the row's prompt."""
         length = len(self._prompt(row))
-        counts = torch.zeros(length + 1, dtype=torch.float32, device=self.device)
+        counts = torch.zeros(length, dtype=torch.float32)
         pairs = 0
         for layer in self.caches[row.cache].layers:
-            store = layer.store
-            positions, valid = store.positions[row.row, :, : store.slots], store.valid[row.row, :, : store.slots]
-            at = positions.masked_fill(~valid, length).long().flatten()
-            counts.index_add_(0, at, torch.ones_like(at, dtype=torch.float32))
-            pairs += positions.shape[0]
-        return (counts[:length] / pairs).cpu()
+            counts += layer.kept(row.row, length)
+            pairs += layer.heads
+        return counts / pairs
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,13 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 from auvsum._version import __version__
 from auvsum.cache.policy import Policy, make_policy
 from auvsum.engine.generate import Engine, Request
-from auvsum.engine.models import LoadedModel
+from auvsum.engine.models import LoadedModel, load
 from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentError
 from auvsum.eval.cells import FIRST_WORDS, Cell, cells, resolved, shade, tenths
 from auvsum.eval.config import THROUGHPUT, EvalConfig
@@ -64,6 +65,7 @@ class Runner:
         self.config, self.loaded, self.batch_size, self.progress = config, loaded, batch_size, progress
         self.cells = cells(config)
         self.task = task_of(config.dataset)
+        self.all_examples = examples
         shots, self.examples = select(config, examples)
         self.shot_ids = [shot.id for shot in shots]
         self.prompter = Prompter(
@@ -75,20 +77,33 @@ class Runner:
             positions=loaded.max_positions,
         )
 
-    def into(self, run: Run) -> None:
-        """Writes every document that the run does not hold yet."""
+    def into(self, run: Run, jobs: int = 1) -> None:
+        """Writes every document that the run does not hold yet.
+
+        Args:
+            jobs: processes that measure documents side by side, each with a model of its own and one thread.
+        """
         run.write_json(ENV, self.environment())
         done = {sample["id"] for sample in run.samples()}
         waiting = [example for example in self.examples if example.id not in done]
         if done:
             self.progress(f"{len(done)} documents are done already")
         count = len(self.examples) - len(waiting)
+        for sample in self._by_processes(waiting, jobs) if jobs > 1 else self._by_batches(waiting):
+            run.append(sample)
+            count += 1
+            what = sample["error"]["message"] if sample["error"] else f"{sample['tokens']['prompt']:,} tokens"
+            self.progress(f"{count}/{len(self.examples)} {sample['id']}: {what}, {sample['seconds']:.1f} s")
+
+    def _by_batches(self, waiting: list[Example]) -> Iterator[dict[str, Any]]:
         for start in range(0, len(waiting), self.batch_size):
-            for sample in self._measure(waiting[start : start + self.batch_size]):
-                run.append(sample)
-                count += 1
-                what = sample["error"]["message"] if sample["error"] else f"{sample['tokens']['prompt']:,} tokens"
-                self.progress(f"{count}/{len(self.examples)} {sample['id']}: {what}, {sample['seconds']:.1f} s")
+            yield from self._measure(waiting[start : start + self.batch_size])
+
+    def _by_processes(self, waiting: list[Example], jobs: int) -> Iterator[dict[str, Any]]:
+        """Documents as they are done, in any order: what a run holds is looked up by id."""
+        start = (self.config, str(self.loaded.path), str(self.loaded.device), self.all_examples)
+        with get_context("spawn").Pool(jobs, _start_worker, start) as pool:
+            yield from pool.imap_unordered(_measure_one, [example.id for example in waiting])
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on and with."""
@@ -160,7 +175,7 @@ class Runner:
             else:
                 # On a CPU rows of unequal size cost what the largest costs; on a GPU every cache costs launches.
                 group = cell.name if self.loaded.device.type == "cpu" else f"{cell.kv_bits}"
-                start = Start(cell.policy, budget.slots, None, group)
+                start = Start(cell.policy, budget.slots, None, group, cell.kv_bits)
                 work.starts[cell.name] = (start, budget.slots, budget.bytes)
         return work
 
@@ -174,6 +189,7 @@ class Runner:
             [[start for start, _, _ in item.starts.values()] for item in work],
             max_new_tokens=self.prompter.max_new_tokens,
             eos_ids=self.loaded.eos_ids,
+            spans=[item.asked.prompt.document for item in work if item.asked],
             forced="fidelity" in metrics,
             free="rouge" in metrics or "bertscore" in metrics,
         )
@@ -268,6 +284,20 @@ class Runner:
     @property
     def _token_bytes(self) -> int:
         return self.loaded.shape.token_bytes
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(config: EvalConfig, model: str, device: str, examples: list[Example]) -> None:
+    """A process of `--jobs`: its own model, and the same documents, examples and rows as all others."""
+    runner = Runner(config, load(model, device=device, dtype=config.dtype, threads=1), examples)
+    _worker.update(runner=runner, by_id={example.id: example for example in runner.examples})
+
+
+def _measure_one(id: str) -> dict[str, Any]:
+    sample: dict[str, Any] = next(_worker["runner"]._measure([_worker["by_id"][id]]))
+    return sample
 
 
 def select(config: EvalConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from auvsum.cache.aggregation import aggregate_chunk, aggregate_step, count_usage
-from auvsum.cache.policy import Policy, ascending, keep_recent_and_best, make_policy
+from auvsum.cache.policy import Policy, SlotPolicy, ascending, keep_recent_and_best, make_policy
 from auvsum.cache.store import Held, SlotStore
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
 
 
 @dataclass(frozen=True)
-class AUV(Policy):
+class AUV(SlotPolicy):
     """Slots `[0, 2L)` are the candidate region, `[2L, 3L)` the write region, which is also the local area (§3.4).
 
     Args:

@@ -8,13 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from auvsum.cache.aggregation import aggregate_chunk, aggregate_step
-from auvsum.cache.policy import Policy, keep_recent_and_best, place_or_replace
+from auvsum.cache.policy import SlotPolicy, keep_recent_and_best, place_or_replace
 from auvsum.cache.store import Held, SlotStore
 from auvsum.kernels.column_scores import ChunkAttention
 
 
 @dataclass(frozen=True)
-class AuvV1(Policy):
+class AuvV1(SlotPolicy):
     """The newest `B // 2` are protected; when a token arrives and `B` are live, the least AAS of the rest goes."""
 
     name: ClassVar[str] = "auv-v1"

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from auvsum.cache.policy import Policy
+from auvsum.cache.policy import SlotPolicy
 from auvsum.cache.store import Held, SlotStore
 from auvsum.kernels.column_scores import ChunkAttention
 
 
 @dataclass(frozen=True)
-class Full(Policy):
+class Full(SlotPolicy):
     """Keeps every token; what all policies are compared with."""
 
     name: ClassVar[str] = "full"

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from auvsum.cache.policy import Policy, keep_recent_and_best, place_or_replace, token_columns
+from auvsum.cache.policy import SlotPolicy, keep_recent_and_best, place_or_replace, token_columns
 from auvsum.cache.store import Held, SlotStore
 from auvsum.kernels.column_scores import ChunkAttention
 
 
 @dataclass(frozen=True)
-class H2O(Policy):
+class H2O(SlotPolicy):
     """`S_j += a[t, j]` from the prompt on; the newest half is protected, the least `S` of the rest goes first."""
 
     name: ClassVar[str] = "h2o"

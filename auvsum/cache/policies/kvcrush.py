@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from auvsum.cache.policy import Policy, make_policy
+from auvsum.cache.policy import SlotPolicy, make_policy
 from auvsum.cache.store import Held, SlotStore
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
@@ -20,7 +20,7 @@ _NO_BASE = ("full", "kvcrush", "scissorhands")
 
 
 @dataclass(frozen=True)
-class KVCrush(Policy):
+class KVCrush(SlotPolicy):
     """Bit `h` of a token: would head `h` keep it? The tokens outside the base's share are sorted by the Hamming
     distance of their bits to an anchor, and evenly spaced ones stay. One set a layer: in the share and in decode the
     base policy runs on the mean of its state over the heads.
@@ -51,9 +51,12 @@ class KVCrush(Policy):
         _ = self.under  # an unknown base is an error now
 
     @cached_property
-    def under(self) -> Policy:
+    def under(self) -> SlotPolicy:
         """The base policy."""
-        return make_policy(self.base)
+        base = make_policy(self.base)
+        if not isinstance(base, SlotPolicy):
+            raise PolicyError(f"policy 'kvcrush' cannot use {self.base!r} underneath", "try base=h2o")
+        return base
 
     @property
     def state(self) -> tuple[str, ...]:  # type: ignore[override]

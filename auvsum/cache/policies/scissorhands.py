@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from auvsum.cache.policy import Policy, ascending, keep_recent_and_best, token_columns
+from auvsum.cache.policy import SlotPolicy, ascending, keep_recent_and_best, token_columns
 from auvsum.cache.store import Held, SlotStore
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
@@ -18,7 +18,7 @@ _BITS = 24
 
 
 @dataclass(frozen=True)
-class Scissorhands(Policy):
+class Scissorhands(SlotPolicy):
     """Counts how often a key got `a >= 1 / live` from the last `window` queries; the least counted `B // 2` go at once.
 
     Args:

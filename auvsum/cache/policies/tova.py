@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from auvsum.cache.policy import Policy, keep_recent_and_best, place_or_replace, token_columns
+from auvsum.cache.policy import SlotPolicy, keep_recent_and_best, place_or_replace, token_columns
 from auvsum.cache.store import Held, SlotStore
 from auvsum.kernels.column_scores import ChunkAttention
 
 
 @dataclass(frozen=True)
-class TOVA(Policy):
+class TOVA(SlotPolicy):
     """`w_j` is the mean over all heads of the last query's `a[j]`; nothing is protected."""
 
     name: ClassVar[str] = "tova"

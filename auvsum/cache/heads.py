@@ -1,0 +1,583 @@
+"""HeadsCache: a KV cache in which every KV head of every layer has its own number of slots.
+
+A prompt is read with everything held (`open` rows); `look` collects what further queries attend to; `settle` ranks the
+tokens of all layers and heads at once, keeps the best of each, in few bits if so wished, and frees the rest. While a
+row writes, new tokens gather in a write region in the model's type; when it is full, the layer's least tokens go.
+
+    cache = HeadsCache(model.config, AUVLook(), slots=200, bits=4)
+    cache.begin(len(ids), row=0)
+    with cache.reading(0):
+        model(ids, past_key_values=cache, ...)
+    settle(model, cache, 0, ids, document=(start, end))
+    model(token, past_key_values=cache, ...)
+
+Shapes: G KV heads, D head size, n prompt tokens, N slots of a layer over its heads, W tokens of the write region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from auvsum.cache.codec import Codec, make_codec
+from auvsum.cache.policies.auv_look import AUVLook
+from auvsum.cache.rotary import Rotary
+from auvsum.cache.sliding import layer_windows
+from auvsum.errors import PolicyError
+from auvsum.kernels.column_scores import attend_chunk
+
+#: Tokens that look at a prompt in one call.
+_LOOK_CHUNK = 512
+
+
+@dataclass
+class Open:
+    """A row whose whole prompt is held: keys and values `[G, n, D]` in the model's type."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
+class Slots:
+    """The candidates of one row in one layer, head after head: head g has `starts[g] .. starts[g + 1] - 1`.
+
+    Attributes:
+        keys, values: as the codec keeps them, first dimension N. positions: int32 `[N]`.
+        aas: attention paid to each, summed, fp32 `[N]`. starts: int64 `[G + 1]`. longest: the most slots of a head.
+        write_key, write_value: `[G, W, D]`. write_aas: fp32 `[G, W]`. written: tokens in the write region.
+        room: how many candidates there may be. first: position of the write region's first token.
+        since: tokens written since the prompt was settled.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    positions: Tensor
+    aas: Tensor
+    starts: Tensor
+    longest: int
+    write_key: Tensor
+    write_value: Tensor
+    write_aas: Tensor
+    room: int
+    first: int
+    written: int = 0
+    since: int = 0
+    unpacked: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        rest = [self.positions, self.aas, self.starts, self.write_key, self.write_value, self.write_aas]
+        return [*self.keys, *self.values, *rest]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Which slots head g has, as `[G, longest]` indices, and which of them are only padding."""
+        steps = torch.arange(self.longest, device=self.starts.device)
+        index = (self.starts[:-1, None] + steps).clamp_(max=self.positions.shape[0] - 1)
+        return index, steps >= (self.starts[1:] - self.starts[:-1])[:, None]
+
+
+@dataclass
+class _Seen:
+    """Attention that queries behind an open row paid to its tokens: sums `[G, n]`, and how many queries they were."""
+
+    total: Tensor
+    queries: int = 0
+
+
+@dataclass
+class Look:
+    """What a second look found, for one prompt: mean attention a query `[layers, G, n]`, or None where there was
+    none. Shared by rows that read the same prompt."""
+
+    looked: Tensor | None
+    drafted: Tensor | None
+
+
+class HeadsLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a `HeadsCache`."""
+
+    is_compileable = False
+    is_croppable = False
+    window: int | None = None
+
+    def __init__(self, policy: AUVLook, bits: int, rows: int) -> None:
+        super().__init__()
+        self.policy, self.bits = policy, bits
+        self.rows: list[Open | Slots | None] = [None] * rows
+        self.active = [True] * rows
+        self.row: int | None = None
+        self.reads_prompt = False
+        self.looks: _Seen | None = None
+        self.draft: Open | None = None
+        self.codec: Codec = Codec(torch.float32)
+        #: For measurements of quality alone: a step need not unpack what has not changed, at the price of its memory.
+        self.keeps_unpacked = False
+        self.transient = 0
+
+    # -- transformers' side -------------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.codec = make_codec(key_states.dtype, self.bits)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Hands the new keys through with a link to this layer; `attend` takes them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.row is None and key_states.shape[0] != len(self.rows):
+            raise PolicyError(
+                f"the cache holds {len(self.rows)} sequences, the model was called with {key_states.shape[0]}",
+                "beam search and changing batches are not supported: use num_beams=1 and a new cache",
+            )
+        key_states.auvsum_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.rows = [None] * len(self.rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
+        raise PolicyError("beam search is not supported by a budgeted cache", "use num_beams=1")
+
+    # -- attention ----------------------------------------------------------------------------------------------------
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, tokens: Tensor | None) -> Tensor:
+        """What the attention function does here: `[B, T, H, D]`.
+
+        Raises:
+            PolicyError: padding; rows are read one at a time.
+        """
+        if tokens is not None and not bool(tokens.all()):
+            raise PolicyError(f"policy {self.policy.name!r} takes no padding", "read prompts one at a time")
+        if self.looks is not None and self.row is not None:
+            return self._look(self.looks, self.row, query, key, value, scale)
+        if self.row is not None and isinstance(self.rows[self.row], Slots):
+            return self._step(self.row, query[0], key[0], value[0], scale)[None]
+        if self.row is not None:
+            return self._read(self.row, query, key, value, scale)
+        return torch.stack([self._step(row, query[row], key[row], value[row], scale) for row in range(len(self.rows))])
+
+    @property
+    def row_count(self) -> int:
+        """Rows of the batch."""
+        return len(self.rows)
+
+    def take(self, row: int, key: Tensor, value: Tensor, _seen: object) -> None:
+        """A whole prompt `[1, G, n, D]` that was attended to elsewhere; it is shared, not copied."""
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        self.rows[row] = Open(key[0], value[0])
+
+    def _read(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """A prompt, or its next chunk: everything is held."""
+        before = self.rows[row]
+        past = 0
+        if isinstance(before, Open):
+            past = before.key.shape[1]
+            key = torch.cat([before.key[None], key], 2)
+            value = torch.cat([before.value[None], value], 2)
+        out, _ = attend_chunk(query, key, value, scale, past)
+        self.rows[row] = Open(key[0], value[0])
+        return out.transpose(1, 2)
+
+    def _look(self, seen: _Seen, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Queries behind an open row, which are not held, or (a draft) only for as long as it is drafted."""
+        held = self.rows[row]
+        assert isinstance(held, Open)
+        size, own_key, own_value = held.key.shape[1], key, value
+        if self.draft is not None:
+            self.draft.key = torch.cat([self.draft.key, key[0]], 1)
+            self.draft.value = torch.cat([self.draft.value, value[0]], 1)
+            own_key, own_value = self.draft.key[None], self.draft.value[None]
+        keys = torch.cat([held.key[None], own_key], 2)
+        values = torch.cat([held.value[None], own_value], 2)
+        out, attention = attend_chunk(query, keys, values, scale, keys.shape[2] - query.shape[2])
+        seen.total += attention.column_sums()[:, :size]
+        seen.queries += query.shape[2]
+        self.transient = max(self.transient, keys.nbytes + values.nbytes)
+        return out.transpose(1, 2)
+
+    def _step(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The next tokens of a row, one in decoding; query `[H, T, D]`, key, value `[G, T, D]`. Returns `[T, H, D]`."""
+        held = self.rows[row]
+        heads, tokens, size = query.shape
+        if held is None or not self.active[row]:
+            return query.new_zeros((tokens, heads, size))
+        if isinstance(held, Open):
+            raise PolicyError("the prompt has not been settled", "call cache.settle(row) before writing")
+        groups, codec, longest, before = key.shape[0], self.codec, held.longest, held.written
+        held.written = now = before + tokens
+        held.write_key[:, before:now], held.write_value[:, before:now] = key, value
+        held.write_aas[:, before:now] = 0
+        keys, values, index, padding = self._candidates(held)
+        own_key, own_value = held.write_key[:, :now], held.write_value[:, :now]
+        asked = query.reshape(groups, -1, size)  # a group's query heads after each other, T tokens each
+        logits = torch.cat([codec.turn(asked) @ keys.transpose(1, 2), asked @ own_key.transpose(1, 2)], -1).float()
+        logits[..., :longest].masked_fill_(padding[:, None], -torch.inf)
+        if tokens > 1:
+            later = torch.ones(tokens, now, dtype=torch.bool, device=query.device).triu_(before + 1)
+            logits.view(groups, -1, tokens, longest + now)[..., longest:].masked_fill_(later, -torch.inf)
+        probabilities = logits.mul_(scale).softmax(-1)
+        spread = probabilities.to(values.dtype)
+        out = codec.turn_back(spread[..., :longest] @ values) + spread[..., longest:] @ own_value
+        paid = probabilities.sum(1).div_(heads // groups)
+        # Padding points at some slot and adds nothing to it: its probability is 0.
+        held.aas.index_add_(0, index.view(-1), paid[:, :longest].reshape(-1))
+        held.write_aas[:, :now] += paid[:, longest:]
+        held.since += tokens
+        if now == held.write_key.shape[1]:
+            self._make_room(held)
+        return out.view(heads, tokens, size).transpose(0, 1)
+
+    def _candidates(self, held: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values of a row `[G, longest, D]` in the codec's space, their slots, and what is only padding."""
+        if held.unpacked is not None:
+            return held.unpacked
+        index, padding = held.padded()
+        keys, values = (self.codec.unpack([part[index] for part in kept]) for kept in (held.keys, held.values))
+        found = keys, values, index, padding
+        if self.keeps_unpacked:
+            held.unpacked = found
+        return found
+
+    # -- eviction -----------------------------------------------------------------------------------------------------
+
+    def keep(self, row: int, keep: Tensor, score: Tensor, room: int, write: int) -> None:
+        """Frees all of an open row but the tokens of `keep`, bool `[G, n]`; their scores `[G, n]` start the sums.
+
+        Args:
+            room: candidates that the layer may hold from now on. write: tokens of the write region.
+        """
+        held = self.rows[row]
+        assert isinstance(held, Open)
+        head, position = keep.nonzero(as_tuple=True)
+        groups, size = keep.shape[0], held.key.shape[-1]
+        empty = (groups, write, size)
+        counts = keep.sum(1)
+        self.rows[row] = Slots(
+            keys=self.codec.pack(held.key[head, position]),
+            values=self.codec.pack(held.value[head, position]),
+            positions=position.to(torch.int32),
+            aas=(score[head, position] * self.policy.prior).float(),
+            starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            longest=int(counts.max()),
+            write_key=held.key.new_zeros(empty),
+            write_value=held.value.new_zeros(empty),
+            write_aas=torch.zeros((groups, write), dtype=torch.float32, device=keep.device),
+            room=room,
+            first=held.key.shape[1],
+        )
+
+    def _make_room(self, held: Slots) -> None:
+        """Multi-step eviction: the older half of the write region competes with the candidates of all heads."""
+        leaving = held.written - held.written // 2
+        groups, device = held.write_key.shape[0], held.aas.device
+        old = torch.arange(groups, device=device).repeat_interleave(held.starts.diff())
+        fresh = torch.arange(groups, device=device)[:, None].expand(groups, leaving)
+        places = torch.arange(held.first, held.first + leaving, dtype=torch.int32, device=device).expand(
+            groups, leaving
+        )
+        head = torch.cat([old, fresh.reshape(-1)])
+        position = torch.cat([held.positions, places.reshape(-1)])
+        aas = torch.cat([held.aas, held.write_aas[:, :leaving].reshape(-1)])
+        flushed = [x[:, :leaving].reshape(-1, x.shape[-1]) for x in (held.write_key, held.write_value)]
+        keys, values = (
+            [torch.cat(parts) for parts in zip(kept, self.codec.pack(new), strict=True)]
+            for kept, new in zip((held.keys, held.values), flushed, strict=True)
+        )
+        # How many queries could attend to a token: since the prompt, or since it was written.
+        written = held.first + held.written - held.since
+        queries = torch.where(position < written, self.policy.prior + held.since, held.first + held.written - position)
+        score = aas / queries
+        if self.policy.value_norm:
+            score = score * self.codec.unpack(values).float().norm(dim=-1)
+        # The oldest token of each head stays: no head may be empty.
+        score[_first_of_each(head, position, groups)] = torch.inf
+        kept = score.topk(min(held.room, score.shape[0])).indices
+        order = kept[(head[kept] * (1 << 40) + position[kept]).argsort()]
+        held.keys, held.values = [x[order] for x in keys], [x[order] for x in values]
+        held.positions, held.aas = position[order], aas[order]
+        counts = torch.bincount(head[order], minlength=groups)
+        held.starts, held.longest = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), int(counts.max())
+        rest = held.written - leaving
+        for tensor in (held.write_key, held.write_value, held.write_aas):
+            tensor[:, :rest] = tensor[:, leaving : held.written].clone()
+        held.written, held.first, held.unpacked = rest, held.first + leaving, None
+
+    # -- looking in from outside --------------------------------------------------------------------------------------
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated by this layer."""
+        total = 0
+        for held in self.rows:
+            tensors = [held.key, held.value] if isinstance(held, Open) else held.tensors() if held else []
+            total += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return total
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        held = next(held for held in self.rows if held is not None)
+        return int(held.key.shape[0]) if isinstance(held, Open) else len(held.starts) - 1
+
+    def kept(self, row: int, tokens: int) -> Tensor:
+        """How many heads hold each of a row's first `tokens` tokens: fp32 `[tokens]`, on the CPU."""
+        held = self.rows[row]
+        assert isinstance(held, Slots)
+        return torch.bincount(held.positions, minlength=tokens)[:tokens].float().cpu()
+
+    def held_positions(self, row: int, head: int) -> list[int]:
+        """Positions of the tokens that a head holds, ascending."""
+        held = self.rows[row]
+        if isinstance(held, Open):
+            return list(range(held.key.shape[1]))
+        if held is None:
+            return []
+        start, end = held.starts[head : head + 2].tolist()
+        own = held.positions[start:end].tolist()
+        return own + list(range(held.first, held.first + held.written))
+
+
+class HeadsCache(Cache):  # type: ignore[misc]
+    """A cache for policies that give every head its own number of slots.
+
+    Args:
+        config: the model's configuration.
+        slots: the budget: slots a head, on average over layers and heads; or one number a layer, of which the mean
+            counts.
+        rows: sequences held together. bits: of a stored channel, 16, 8 or 4.
+
+    Raises:
+        PolicyError: too few slots, or a model with sliding windows.
+    """
+
+    def __init__(
+        self, config: Any, policy: AUVLook, slots: int | Sequence[int], *, rows: int = 1, bits: int = 16
+    ) -> None:
+        windows = layer_windows(config)
+        if any(window is not None for window in windows):
+            raise PolicyError(f"policy {policy.name!r} does not support sliding windows", "use --policy auv or h2o")
+        self.policy, self.bits = policy, bits
+        self._slots = [slots] * len(windows) if isinstance(slots, int) else list(slots)
+        self._granted = [_mean(slots)] * rows
+        if self._granted[0] < policy.least_slots:
+            message = f"policy {policy.name!r} needs at least {policy.least_slots} slots, not {self._granted[0]}"
+            raise PolicyError(message, f"give it {policy.least_slots} or more")
+        self._peak = 0
+        super().__init__(layers=[HeadsLayer(policy, bits, rows) for _ in windows])
+
+    # -- one prompt ---------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        prompt_tokens: int,
+        *,
+        row: int = 0,
+        slots: int | Sequence[int] | None = None,
+        rotary: Rotary | None = None,
+    ) -> None:
+        """Declares a row's next prompt before its first chunk; what the row held is freed.
+
+        Raises:
+            PolicyError: positions that count only what is held.
+        """
+        if rotary is not None:
+            raise PolicyError(f"policy {self.policy.name!r} cannot stream", "use --policy auv or h2o")
+        if slots is not None:
+            self._granted[row] = _mean(slots)
+        for layer in self.layers:
+            layer.rows[row], layer.active[row] = None, True
+
+    @contextmanager
+    def reading(self, row: int) -> Iterator[None]:
+        """Within: the model is called with batch 1, and its tokens are a prompt chunk of that row."""
+        for layer in self.layers:
+            layer.row, layer.reads_prompt = row, True
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.row, layer.reads_prompt = None, False
+
+    def may_write(self, row: int) -> int:
+        """How many tokens a row takes at once, when they are known: until its write region is full."""
+        held = self.layers[0].rows[row]
+        assert isinstance(held, Slots)
+        return int(held.write_key.shape[1]) - held.written
+
+    @contextmanager
+    def looking(self, row: int, *, drafts: bool = False) -> Iterator[list[_Seen]]:
+        """Within: the model is called with batch 1, and its tokens look at what that row holds without being held.
+
+        Args:
+            drafts: each call sees the tokens of the calls before it.
+        """
+        found = []
+        for layer in self.layers:
+            held = layer.rows[row]
+            assert isinstance(held, Open)
+            layer.row = row
+            layer.looks = _Seen(torch.zeros(held.key.shape[:2], dtype=torch.float32, device=held.key.device))
+            layer.draft = Open(held.key[:, :0], held.value[:, :0]) if drafts else None
+            found.append(layer.looks)
+        try:
+            yield found
+        finally:
+            self._note_peak()
+            for layer in self.layers:
+                layer.row, layer.looks, layer.draft = None, None, None
+
+    def settle(self, row: int, look: Look | None) -> None:
+        """Ranks the tokens of all layers and heads, keeps the best and frees the rest.
+
+        Args:
+            look: what the second look found; None keeps everything, which must fit.
+
+        Raises:
+            PolicyError: no look, and more tokens than slots.
+        """
+        self._note_peak()
+        first = self.layers[0].rows[row]
+        assert isinstance(first, Open)
+        groups, tokens, size = first.key.shape
+        element = first.key.element_size()
+        room, write = self.policy.regions(self._granted[row], head_dim=size, element_bytes=element, bits=self.bits)
+        total = min(room, tokens) * len(self.layers) * groups
+        if look is None:
+            if total < tokens * len(self.layers) * groups:
+                raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")
+            score = torch.zeros((len(self.layers), groups, tokens), device=first.key.device)
+        else:
+            score = self.policy.blend(look.looked, look.drafted)
+        ranking = score
+        if self.policy.value_norm:
+            ranking = score * torch.stack([layer.rows[row].value.float().norm(dim=-1) for layer in self.layers])
+        # The first token stays in every head: it takes the attention that a query has no use for.
+        ranking = ranking.clone()
+        ranking[..., 0] = torch.inf
+        best = ranking.flatten().topk(total).indices
+        keep = torch.zeros_like(ranking, dtype=torch.bool).flatten().index_fill_(0, best, True).view_as(ranking)
+        for index, layer in enumerate(self.layers):
+            share = int(keep[index].sum()) if room < tokens else room * groups
+            layer.keep(row, keep[index], score[index], share, write)
+
+    def next_part(self, row: int, share: int | None) -> NoReturn:
+        raise PolicyError(f"policy {self.policy.name!r} cannot stream", "use --policy auv or h2o")
+
+    def end_prompt(self, row: int) -> None:
+        """Positions are the document's own."""
+
+    def rest(self, row: int) -> None:
+        """A row takes no further part in decoding; what it holds means nothing from now on."""
+        for layer in self.layers:
+            layer.active[row] = False
+
+    def allocate(self, **_: Any) -> None:
+        """Nothing is allocated before a prompt shows which head needs what."""
+
+    # -- looking in from outside --------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> list[int]:
+        """Slots granted to each layer, a head, before the ranking shares them out."""
+        return self._slots
+
+    @property
+    def rows(self) -> int:
+        """Sequences held together."""
+        return len(self._granted)
+
+    def bytes(self) -> int:
+        """Bytes really allocated, over all layers and rows, policy state included."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def prefill_peak_bytes(self) -> int:
+        """Bytes at the worst moment of a prompt: everything held in the model's type, and one layer's look."""
+        self._note_peak()
+        return self._peak
+
+    def _note_peak(self) -> None:
+        self._peak = max(self._peak, self.bytes() + max(layer.transient for layer in self.layers))
+
+
+@torch.no_grad()
+def second_look(
+    model: Any, cache: HeadsCache, row: int, ids: Sequence[int], document: tuple[int, int], first: int | None
+) -> Look | None:
+    """Reads pieces of the document once more, and drafts a summary, with everything of an open row held.
+
+    Args:
+        ids: the prompt. document: the span of it that is the document. first: the first token of the summary; None
+            drafts nothing.
+
+    Returns:
+        None when the budget holds the whole prompt: there is nothing to choose.
+    """
+    policy, tokens = cache.policy, len(ids)
+    held = cache.layers[0].rows[row]
+    assert isinstance(held, Open)
+    size, element, device = held.key.shape[-1], held.key.element_size(), held.key.device
+    room, _ = policy.regions(cache._granted[row], head_dim=size, element_bytes=element, bits=cache.bits)
+    if room >= tokens:
+        return None
+
+    def see(token_ids: Sequence[int], start: int) -> Tensor:
+        out = model(
+            torch.tensor([list(token_ids)], device=device),
+            position_ids=torch.arange(start, start + len(token_ids), device=device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[0, -1]
+        return logits
+
+    looked = drafted = None
+    again = policy.tokens_to_look_with(ids[document[0] : document[1]])
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    step = _LOOK_CHUNK if limit is None else min(_LOOK_CHUNK, limit - tokens)
+    if again and step > 0:
+        with cache.looking(row) as seen:
+            for start in range(0, len(again), step):
+                see(again[start : start + step], tokens)
+        looked = torch.stack([layer.total / layer.queries for layer in seen])
+    draft = policy.draft if limit is None else min(policy.draft, limit - tokens)
+    if first is not None and draft > 0:
+        with cache.looking(row, drafts=True) as seen:
+            token = first
+            for place in range(draft):
+                token = int(see([token], tokens + place).argmax())
+        drafted = torch.stack([layer.total / layer.queries for layer in seen])
+    if looked is None and drafted is None:
+        raise PolicyError(
+            f"the prompt of {tokens:,} tokens leaves the model no positions to look at it again",
+            "use --policy auv, or a shorter document",
+        )
+    return Look(looked, drafted)
+
+
+def _mean(slots: int | Sequence[int]) -> int:
+    return slots if isinstance(slots, int) else sum(slots) // len(slots)
+
+
+def _first_of_each(head: Tensor, position: Tensor, groups: int) -> Tensor:
+    """For each head the index of its oldest token: int64 `[G]`."""
+    own = torch.arange(groups, device=head.device)[:, None] == head
+    far = torch.iinfo(position.dtype).max
+    return position.masked_fill(~own, far).argmin(-1)

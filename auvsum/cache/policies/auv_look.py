@@ -1,0 +1,117 @@
+"""AUV with a second look: aggregation over queries that know what is asked, one ranking over all layers and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from auvsum.budget import SlotCost
+from auvsum.cache.codec import vector_bytes
+from auvsum.cache.policy import Policy
+from auvsum.errors import PolicyError
+
+#: Tokens of the document between two pieces that are read again.
+_STRIDE = 128
+#: The bounds of the write region, and the slots that a token of it stands for.
+_LEAST_WRITE, _MOST_WRITE, _SLOTS_PER_WRITE = 4, 32, 32
+#: fp32 sum of attention and int32 position of a slot, per KV head.
+_SLOT_BYTES = 4 + 4
+
+
+@dataclass(frozen=True)
+class AUVLook(Policy):
+    """Before anything is dropped, the model looks at the prompt again; what its queries attend to is kept.
+
+    The scores are AUV's (eqs. 3 and 4: attention summed and divided by the number of queries that could pay it), but
+    the queries are not the prompt's own: they are pieces of the document read once more behind the prompt (KVzip, Kim
+    et al. 2025, reads all of it) and the first tokens of a summary that is drafted with the full cache and thrown away.
+    One ranking over the tokens of all layers and KV heads shares the budget out, so that every head has its own
+    number of slots. While it writes, new tokens gather in a write region; when that is full, the least of all the
+    layer's tokens go (multi-step eviction, §3.4), and those that stay are quantized as they are scattered into slots.
+
+    Args:
+        look: share of the document that is read again, in pieces spread over it; 0 for none.
+        lead: tokens of the document's beginning that are read again in any case.
+        draft: tokens of the summary that are drafted; 0 for none.
+        weight: of the draft's queries, against the second reading's, in [0, 1].
+        value_norm: whether a score is multiplied by the length of its value.
+        prior: how many written tokens the prompt's score counts for, once writing has begun.
+    """
+
+    look: float = 0.25
+    lead: int = 128
+    draft: int = 16
+    weight: float = 0.5
+    value_norm: bool = True
+    prior: int = 64
+
+    name: ClassVar[str] = "auv-look"
+    paper: ClassVar[str] = "AUV's scores over a second look at the prompt; after KVzip (Kim et al., NeurIPS 2025)"
+    evicts: ClassVar[str] = "end of prompt over all layers and heads, then tokens of a layer every few steps"
+    state: ClassVar[tuple[str, ...]] = ("aas",)
+    streams: ClassVar[bool] = False
+    by_head: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.look <= 1:
+            raise PolicyError(f"look is {self.look}", "it is a share of the document between 0 and 1")
+        if not 0 <= self.weight <= 1:
+            raise PolicyError(f"weight is {self.weight}", "it must be at least 0 and at most 1")
+        for name in ("lead", "draft"):
+            if getattr(self, name) < 0:
+                raise PolicyError(f"{name} is {getattr(self, name)}", "it is a number of tokens")
+        if self.prior < 1:
+            raise PolicyError(f"prior is {self.prior}", "it must be at least 1")
+        if not (self.look or self.lead or self.draft):
+            raise PolicyError("there is nothing to look with", "give it look, lead or draft")
+
+    @property
+    def queries(self) -> tuple[float, int, int]:
+        """What the second look asks with: policies that agree in it can share one."""
+        return self.look, self.lead, self.draft
+
+    @property
+    def least_slots(self) -> int:
+        """The write region, and a slot for each head."""
+        return 7 * _LEAST_WRITE + 2
+
+    def slots_to_hold(self, tokens: int) -> int:
+        return max(self.least_slots, tokens + 8 * _MOST_WRITE)
+
+    def slot_cost(self, *, kv_heads: int, head_dim: int, element_bytes: int, bits: int = 16) -> SlotCost:
+        per_slot = kv_heads * (2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES)
+        # Where each head's slots begin, in one layer.
+        return SlotCost(per_slot=per_slot, fixed=8 * (kv_heads + 1))
+
+    def regions(self, slots: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
+        """Of `slots` a head on average: those of the candidates, and the tokens of the write region, which is kept in
+        the model's type and so costs several slots a token."""
+        slot = 2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES
+        token = 2 * head_dim * element_bytes + _SLOT_BYTES
+        write = max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
+        return slots - -(-write * token // slot), write
+
+    def tokens_to_look_with(self, document: Sequence[int]) -> list[int]:
+        """What is read again: the document's lead, then a piece of every 128 tokens."""
+        found = list(document[: self.lead])
+        piece = round(_STRIDE * self.look)
+        for start in range(self.lead, len(document), _STRIDE):
+            found += document[start : start + piece]
+        return found
+
+    def blend(self, looked: Tensor | None, drafted: Tensor | None) -> Tensor:
+        """One score of the attention `[layers, G, n]` that both kinds of queries paid, mean a query; either may be
+        missing. The draft's scale is kept: written tokens will be compared with it."""
+        if looked is None or drafted is None:
+            found = drafted if looked is None else looked
+            assert found is not None
+            return found
+        scale = drafted.sum() / looked.sum().clamp_min(1e-20)
+        return torch.lerp(looked * scale, drafted, self.weight)
+
+
+POLICY = AUVLook

@@ -1,0 +1,313 @@
+"""`auv-look` against a slow version of itself that holds everything and remembers who is alive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from auvsum.cache.heads import HeadsCache, Look, second_look
+from auvsum.cache.policies.auv_look import AUVLook
+from auvsum.engine.generate import Engine, Request
+from auvsum.errors import PolicyError
+from auvsum.events import Finished, Prefilled
+from tests import tiny
+from tests.numerics import harness
+
+PROMPT, NEW = 60, 30
+MODELS = {"llama": tiny.tiny_llama, "opt": tiny.tiny_opt}
+
+
+class Naive:
+    """Every key and value ever seen, one head after the other, and a set of living positions for each."""
+
+    def __init__(self, model: Any, policy: AUVLook) -> None:
+        config = model.config
+        self.model, self.policy = model, policy
+        self.layers = config.num_hidden_layers
+        self.groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        self.keys: list[list[list[Tensor]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
+        self.values: list[list[list[Tensor]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
+        self.alive: list[list[list[int]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
+        self.paid: dict[tuple[int, int, int], float] = {}
+        self.room = [0] * self.layers
+        self.first = self.written = self.prompt = 0
+        AttentionInterface.register("naive-look", self.attend)
+        AttentionMaskInterface.register("naive-look", lambda **_: None)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, _m: Any, scaling: float, **_: Any) -> Any:
+        layer, heads = module.layer_idx, query.shape[1]
+        out = torch.zeros(1, query.shape[2], heads, query.shape[3])
+        for token in range(query.shape[2]):
+            for group in range(self.groups):
+                position = len(self.keys[layer][group])
+                self.keys[layer][group].append(key[0, group, token])
+                self.values[layer][group].append(value[0, group, token])
+                self.alive[layer][group].append(position)
+                alive = self.alive[layer][group]
+                for head in range(group * heads // self.groups, (group + 1) * heads // self.groups):
+                    logits = torch.stack([self.keys[layer][group][p] @ query[0, head, token] for p in alive]) * scaling
+                    weights = logits.softmax(-1)
+                    values = torch.stack([self.values[layer][group][p] for p in alive])
+                    out[0, token, head] = weights @ values
+                    for p, weight in zip(alive, weights.tolist(), strict=True):
+                        place = (layer, group, p)
+                        self.paid[place] = self.paid.get(place, 0.0) + weight * self.groups / heads
+        return out, None
+
+    def call(self, ids: list[int], start: int) -> Tensor:
+        with harness.attention(self.model, "naive-look"), torch.no_grad():
+            positions = torch.arange(start, start + len(ids))[None]
+            logits: Tensor = self.model(torch.tensor([ids]), position_ids=positions, use_cache=False).logits[0]
+        return logits
+
+    def look(self, calls: list[list[int]], *, chained: bool) -> Tensor:
+        """Mean attention that tokens behind the prompt pay to it; they are forgotten again."""
+        self.paid, count = {}, 0
+        for number, ids in enumerate(calls):
+            self.call(ids, self.prompt + (number if chained else 0))
+            count += len(ids)
+            if not chained:
+                self.forget()
+        self.forget()
+        found = torch.zeros(self.layers, self.groups, self.prompt)
+        for (layer, group, position), paid in self.paid.items():
+            if position < self.prompt:
+                found[layer, group, position] = paid / count
+        return found
+
+    def forget(self) -> None:
+        for layer in range(self.layers):
+            for group in range(self.groups):
+                for held in (self.keys, self.values, self.alive):
+                    del held[layer][group][self.prompt :]
+
+    def settle(self, score: Tensor, slots: int, write: int) -> None:
+        """The best of all layers and heads stay."""
+        ranked = []
+        for layer in range(self.layers):
+            for group in range(self.groups):
+                for position in range(self.prompt):
+                    norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
+                    rank = float("inf") if position == 0 else float(score[layer, group, position]) * norm
+                    ranked.append((rank, layer, group, position))
+        ranked.sort(reverse=True)
+        kept = {(layer, group, p) for _, layer, group, p in ranked[: slots * self.layers * self.groups]}
+        for layer in range(self.layers):
+            for group in range(self.groups):
+                self.alive[layer][group] = [p for p in range(self.prompt) if (layer, group, p) in kept]
+            self.room[layer] = sum(map(len, self.alive[layer]))
+        self.paid = {place: float(score[place]) * self.policy.prior for place in kept}
+        self.write, self.first = write, self.prompt
+
+    def evict(self, now: int) -> None:
+        """When the write region is full its older half competes with all that the layer holds."""
+        if now - self.first < self.write:
+            return
+        leaving = self.write - self.write // 2
+        self.first += leaving
+        for layer in range(self.layers):
+            ranked = []
+            for group in range(self.groups):
+                old = [p for p in self.alive[layer][group] if p < self.first]
+                for position in old:
+                    norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
+                    queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
+                    score = self.paid[layer, group, position] / queries * norm
+                    ranked.append((float("inf") if position == old[0] else score, group, position))
+            ranked.sort(reverse=True)
+            gone = {(group, position) for _, group, position in ranked[self.room[layer] :]}
+            for group in range(self.groups):
+                self.alive[layer][group] = [p for p in self.alive[layer][group] if (group, p) not in gone]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, {"draft": 0, "value_norm": False}, {"look": 0.0, "lead": 20, "weight": 0.9}])
+def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) -> None:
+    model = MODELS[name]()
+    policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
+    stream = tiny.tokens(PROMPT + NEW, 17)[0].tolist()
+    ids, span, slots = stream[:PROMPT], (4, 55), 40
+    cache, naive = HeadsCache(model.config, policy, slots), Naive(model, policy)
+    with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
+        model(torch.tensor([ids]), past_key_values=cache)
+    naive.call(ids, 0)
+    naive.prompt = PROMPT
+    first = 3
+    with harness.attention(model, "auvsum"):
+        look = second_look(model, cache, 0, ids, span, first)
+    assert look is not None
+    again = policy.tokens_to_look_with(ids[slice(*span)])
+    looked = naive.look([again], chained=False) if again else None
+    drafted = None
+    if policy.draft:
+        token, calls = first, []
+        for place in range(policy.draft):
+            calls.append([token])
+            token = int(naive.call([token], PROMPT + place)[-1].argmax())
+        naive.forget()
+        drafted = naive.look(calls, chained=True)
+    for mine, theirs in ((look.looked, looked), (look.drafted, drafted)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    cache.settle(0, look)
+    room, write = policy.regions(slots, head_dim=model.config.hidden_size // model.config.num_attention_heads,
+                                 element_bytes=4, bits=16)  # fmt: skip
+    naive.settle(policy.blend(look.looked, look.drafted), room, write)
+    counts = set()
+    for step, token in enumerate(stream[PROMPT:]):
+        for layer in range(naive.layers):
+            for group in range(naive.groups):
+                mine = cache.layers[layer].held_positions(0, group)
+                assert mine == naive.alive[layer][group], (step, layer, group)
+                counts.add(len(mine))
+        with harness.attention(model, "auvsum"), torch.no_grad():
+            got = model(torch.tensor([[token]]), position_ids=torch.tensor([[PROMPT + step]]), past_key_values=cache)
+        torch.testing.assert_close(got.logits[0], naive.call([token], PROMPT + step), rtol=1e-4, atol=1e-4)
+        naive.evict(PROMPT + step + 1)
+    assert len(counts) > 3, "heads were meant to hold different numbers of tokens"
+    assert naive.first > PROMPT, "nothing was evicted while writing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_it_takes_no_more_than_its_budget(name: str, bits: int) -> None:
+    model, policy = MODELS[name](), AUVLook(draft=3)
+    config = model.config
+    groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    size = config.hidden_size // config.num_attention_heads
+    cost = policy.slot_cost(kv_heads=groups, head_dim=size, element_bytes=4, bits=bits)
+    events = []
+    cache = HeadsCache(config, policy, 48, bits=bits)
+    with harness.attention(model, "auvsum"):
+        ids = tiny.tokens(200, 5)[0].tolist()
+        with torch.no_grad(), cache.reading(0):
+            model(torch.tensor([ids]), past_key_values=cache)
+        full = cache.bytes()
+        cache.settle(0, second_look(model, cache, 0, ids, (0, 200), 1))
+        for step in range(40):
+            events.append(cache.bytes())
+            with torch.no_grad():
+                model(torch.tensor([[5]]), position_ids=torch.tensor([[200 + step]]), past_key_values=cache)
+    granted = config.num_hidden_layers * (cost.fixed + 48 * cost.per_slot)
+    assert max(events) <= granted < full
+    assert max(events) >= 0.85 * granted
+    assert cache.prefill_peak_bytes >= full
+
+
+@pytest.mark.parametrize(("bits", "off"), [(16, 1e-4), (8, 0.1)])
+@pytest.mark.parametrize("name", MODELS)
+def test_with_room_for_everything_it_is_the_full_cache(name: str, bits: int, off: float) -> None:
+    model = MODELS[name]()
+    ids = tiny.tokens(50, 8)[0].tolist()
+    with harness.attention(model, "eager"), torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0, 40:]
+    cache = HeadsCache(model.config, AUVLook(), 300, bits=bits)
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        with cache.reading(0):  # in chunks: nothing leaves before the end of the prompt
+            model(torch.tensor([ids[:15]]), past_key_values=cache)
+            model(torch.tensor([ids[15:40]]), position_ids=torch.arange(15, 40)[None], past_key_values=cache)
+        assert second_look(model, cache, 0, ids[:40], (0, 40), 1) is None
+        cache.settle(0, None)
+        got = [
+            model(torch.tensor([[token]]), position_ids=torch.tensor([[40 + i]]), past_key_values=cache).logits[0, 0]
+            for i, token in enumerate(ids[40:])
+        ]
+    torch.testing.assert_close(torch.stack(got), want, rtol=1e-4, atol=off)
+
+
+def test_the_second_look_reads_the_lead_and_pieces_of_the_rest() -> None:
+    document = list(range(1000))
+    assert AUVLook(lead=0, look=0.0).tokens_to_look_with(document) == []
+    assert AUVLook(lead=100, look=0.0).tokens_to_look_with(document) == document[:100]
+    want = [*range(100), *(i for start in range(100, 1000, 128) for i in range(start, min(1000, start + 32)))]
+    assert AUVLook(lead=100, look=0.25).tokens_to_look_with(document) == want
+    assert AUVLook(lead=0, look=1.0).tokens_to_look_with(document) == document
+
+
+def test_known_tokens_may_be_written_several_at_a_time() -> None:
+    """As many as the write region takes: the same logits and the same evictions as one after the other."""
+    model, policy = tiny.tiny_llama(), AUVLook(draft=4)
+    stream = tiny.tokens(90, 3)[0].tolist()
+    found = []
+    for together in (False, True):
+        cache = HeadsCache(model.config, policy, 40, bits=8)
+        with harness.attention(model, "auvsum"), torch.no_grad():
+            with cache.reading(0):
+                model(torch.tensor([stream[:60]]), past_key_values=cache)
+            cache.settle(0, second_look(model, cache, 0, stream[:60], (0, 60), 1))
+            at, logits = 60, []
+            while at < 90:
+                tokens = stream[at : at + (cache.may_write(0) if together else 1)]
+                with cache.reading(0):
+                    out = model(torch.tensor([tokens]), position_ids=torch.arange(at, at + len(tokens))[None],
+                                past_key_values=cache)  # fmt: skip
+                logits.append(out.logits[0])
+                at += len(tokens)
+        held = [layer.held_positions(0, group) for layer in cache.layers for group in range(2)]
+        found.append((torch.cat(logits), held))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_rows_do_not_depend_on_their_neighbours(bits: int) -> None:
+    model, policy = tiny.tiny_llama(), AUVLook(draft=4)
+    requests = [Request(tiny.tokens(n, n)[0].tolist(), slots, 20, document=(2, n - 3))
+                for n, slots in ((70, 40), (90, 60), (50, 38), (64, 44))]  # fmt: skip
+
+    def run(batch: int) -> dict[int, tuple[int, ...]]:
+        with harness.attention(model, "auvsum"):
+            events = list(Engine(model, policy, batch_size=batch, bits=bits).run(requests))
+        return {event.request: event.token_ids for event in events if isinstance(event, Finished)}
+
+    alone = run(1)
+    assert set(alone) == {0, 1, 2, 3}
+    assert run(3) == alone
+
+
+def test_the_engine_says_what_the_second_look_took() -> None:
+    model = tiny.tiny_llama()
+    request = Request(tiny.tokens(120, 4)[0].tolist(), 40, 12)
+    with harness.attention(model, "auvsum"):
+        events = list(Engine(model, AUVLook(draft=4), bits=4).run([request]))
+    prefilled = next(event for event in events if isinstance(event, Prefilled))
+    finished = next(event for event in events if isinstance(event, Finished))
+    assert prefilled.prefill_peak_bytes > 5 * finished.kv_bytes
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    model, policy = tiny.tiny_llama(), AUVLook()
+    with pytest.raises(PolicyError, match="at least 30 slots"):
+        HeadsCache(model.config, policy, 20)
+    cache = HeadsCache(model.config, policy, 40)
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        with cache.reading(0):
+            model(tiny.tokens(80, 1), past_key_values=cache)
+        with pytest.raises(PolicyError, match="not been settled"):
+            model(torch.tensor([[1]]), past_key_values=cache)
+        with pytest.raises(PolicyError, match="nothing tells which tokens to keep"):
+            cache.settle(0, None)
+    for options in ({"look": 2.0}, {"weight": -1.0}, {"draft": -1}, {"prior": 0}, {"look": 0.0, "lead": 0, "draft": 0}):
+        with pytest.raises(PolicyError):
+            AUVLook(**options)
+
+
+def test_a_prompt_that_fills_the_positions_is_looked_at_with_what_is_left() -> None:
+    """OPT has 512 positions here: a prompt of 508 leaves four for each look."""
+    model, policy = tiny.tiny_opt(), AUVLook(draft=16)
+    ids = tiny.tokens(508, 6)[0].tolist()
+    cache = HeadsCache(model.config, policy, 60)
+    with harness.attention(model, "auvsum"):
+        with torch.no_grad(), cache.reading(0):
+            model(torch.tensor([ids]), past_key_values=cache)
+        look = second_look(model, cache, 0, ids, (0, 508), 1)
+    assert isinstance(look, Look)
+    assert look.looked is not None
+    assert bool(look.looked.isfinite().all())
+    assert look.drafted is not None
