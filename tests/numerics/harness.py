@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from auvsum.cache.policy import policy_class, policy_names
 from tests.numerics.naive import NaiveCache, NaiveHead
 
 # fp32 on both sides, sums in different orders. Logits are of size 1 to 10, probabilities and scores below 1.
@@ -20,6 +21,10 @@ SCORES = {"rel_tol": 1e-4, "abs_tol": 1e-7}
 VECTORS = {"rtol": 1e-4, "atol": 1e-5}
 # A decision closer than this could fall either way by rounding alone; the runs below are chosen to have none.
 CLEAR = 1e-6
+
+
+#: Those that evict and are held by a `BudgetedCache`; `auv-look` is tested in test_heads.py.
+SLOT_POLICIES = [name for name in policy_names() if name != "full" and not policy_class(name).by_head]
 
 
 class Mismatch(AssertionError):

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from auvsum.cache.cache import BudgetedCache
-from auvsum.cache.policy import make_policy, policy_names
+from auvsum.cache.policy import make_policy
 from auvsum.cache.store import SlotStore
 from auvsum.engine.generate import Engine, Request
 from auvsum.errors import GenerationFailed, PolicyError
@@ -17,7 +17,7 @@ from auvsum.events import Failed
 from tests import tiny
 from tests.numerics import harness
 
-POLICIES = [name for name in policy_names() if name != "full"]
+POLICIES = harness.SLOT_POLICIES
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -51,8 +51,8 @@ def expected(
 
 
 def test_every_policy_has_a_naive_version() -> None:
-    """AUV, H2O and the full cache have theirs in files of their own."""
-    assert {*NAIVE, "auv", "h2o", "full"} == set(policy_names())
+    """AUV, H2O, the full cache and `auv-look` have theirs in files of their own."""
+    assert {*NAIVE, "auv", "auv-look", "h2o", "full"} == set(policy_names())
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

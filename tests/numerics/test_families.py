@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from auvsum.cache.cache import BudgetedCache
-from auvsum.cache.policy import policy_names
+from auvsum.cache.heads import HeadsCache
+from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.errors import PolicyError
 from tests import tiny
 from tests.numerics import harness
@@ -96,9 +97,7 @@ def test_the_full_cache_equals_transformers(
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3"])
 def test_every_policy_runs_and_an_unbound_one_changes_nothing(models: dict[str, PreTrainedModel], family: str) -> None:
     model, full = models[family], reference(models[family])
-    for policy in policy_names():
-        if policy == "full":
-            continue
+    for policy in harness.SLOT_POLICIES:
         unbound = logits(model, "auvsum", BudgetedCache(model.config, policy=policy, slots=200))
         harness.close(unbound, full, f"{family}, {policy}", harness.LOGITS)
         cache = BudgetedCache(model.config, policy=policy, slots=SLOTS)
@@ -126,7 +125,8 @@ def test_rows_of_a_padded_batch_keep_their_windows(models: dict[str, PreTrainedM
 
 
 def test_a_model_that_only_slides_refuses_policies_by_name(models: dict[str, PreTrainedModel]) -> None:
-    for policy in policy_names():
-        if policy != "full":
-            with pytest.raises(PolicyError, match=policy):
-                BudgetedCache(models["mistral-sliding"].config, policy=policy, slots=SLOTS)
+    for policy in harness.SLOT_POLICIES:
+        with pytest.raises(PolicyError, match=policy):
+            BudgetedCache(models["mistral-sliding"].config, policy=policy, slots=SLOTS)
+    with pytest.raises(PolicyError, match="auv-look"):
+        HeadsCache(models["mistral-sliding"].config, AUVLook(), 60)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from auvsum.cache.policy import make_policy, policy_names
+from auvsum.cache.policy import make_policy
 from tests import tiny
 from tests.numerics import harness
 
 MODELS = {"opt": tiny.tiny_opt(layers=1), "llama": tiny.tiny_llama(layers=1)}
 DECODE = 12
-POLICIES = [name for name in policy_names() if name != "full"]
+POLICIES = harness.SLOT_POLICIES
 
 
 @st.composite

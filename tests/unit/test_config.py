@@ -155,7 +155,7 @@ def test_config_that_is_not_there(places: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kv_bits": 2}, "kv_bits 2 is unknown"),
+        ({"kv_bits": 2}, "kv_bits '2' is unknown"),
         ({"strategy": "magic"}, "strategy 'magic' is unknown"),
         ({"dtype": "fp8"}, "dtype 'fp8' is unknown"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),
