@@ -93,6 +93,9 @@ Exclude = Annotated[
     list[str] | None, _option("Of folders, no files or folders like this; repeatable.", "--exclude", metavar="PATTERN")
 ]
 Hidden = Annotated[bool, _option("Of folders, also names that start with a dot.", "--hidden")]
+Shard = Annotated[
+    str | None, _option("Only this part of the documents, the third of eight: one run a machine.", metavar="3/8")
+]
 SummaryFormatOption = Annotated[SummaryFormat, _option("The summary, with a heading, or its whole record.", "--format")]
 Score = Annotated[
     Path | None, _option("A reference summary: adds ROUGE and BERTScore to the record.", metavar="REF.txt")

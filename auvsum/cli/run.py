@@ -16,7 +16,7 @@ from auvsum.cli.guard import report
 from auvsum.cli.signals import Interruptible
 from auvsum.config import Settings
 from auvsum.events import DocumentStarted, Event, Notice
-from auvsum.io.inputs import Input
+from auvsum.io.inputs import Input, Shard
 from auvsum.io.manifest import settings_key
 from auvsum.io.render import sources
 from auvsum.io.sinks import FileSink, FolderSink, Sink, StreamSink
@@ -47,6 +47,11 @@ class Choices:
     reading: Reading = Reading()
     score: Path | None = None
     panel: bool | None = None
+    shard: Shard | None = None
+
+    def holds(self, item: Input) -> bool:
+        """Whether a document is this run's, and not another shard's."""
+        return self.shard is None or self.shard.holds(item)
 
 
 class Run:
@@ -71,7 +76,9 @@ class Run:
         Raises:
             ModelError, OutputError: there is no going on without a model or an output.
         """
-        self._total = len(inputs)
+        self._total = sum(self._choices.holds(item) for item in inputs)
+        if not self._total:
+            self._console.note(f"shard {self._choices.shard} holds none of {len(inputs):,} documents")
         reference = _reference(self._choices)
         with ExitStack() as stack:
             stack.callback(self._say_outcome)
@@ -80,7 +87,7 @@ class Run:
             stack.callback(self._close_view)
             for result in self._results(inputs, sink):
                 self._take(result, sink, reference)
-        return self._codes[0] if len(inputs) == 1 and self._codes else int(any(self._codes))
+        return self._codes[0] if self._total == 1 and self._codes else int(any(self._codes))
 
     def _results(self, inputs: list[Input], sink: Sink) -> Iterator[Summary | Failure]:
         """Summaries and failures, as the sink wants them; without a document to read no model is loaded."""
@@ -96,6 +103,9 @@ class Run:
     def _documents(self, inputs: list[Input], sink: Sink) -> Iterator[Document | Failure]:
         """The documents that the sink wants, read one at a time."""
         for item in inputs:
+            if not self._choices.holds(item):
+                sink.passes(item)
+                continue
             if not sink.wants(item):
                 self._skipped += 1
                 self._view.skipped()
@@ -178,7 +188,7 @@ class Run:
             settings = settings_key(
                 self._settings, format=choices.format, encoding=choices.reading.encoding, pages=choices.reading.pages
             )
-            return FolderSink(choices.output_dir, choices.format, settings, choices.force)
+            return FolderSink(choices.output_dir, choices.format, settings, choices.force, choices.shard)
         if choices.output is not None:
             return FileSink(choices.output, choices.format, titled)
         return StreamSink(self._console, choices.format, titled)

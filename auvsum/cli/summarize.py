@@ -12,7 +12,7 @@ from auvsum.cli.preview import preview
 from auvsum.cli.run import Choices, Reading, Run
 from auvsum.config import Settings, load_settings
 from auvsum.errors import UsageError
-from auvsum.io.inputs import Input, Selection, expand, read_names
+from auvsum.io.inputs import Input, Selection, Shard, expand, read_names
 from auvsum.text.templates import load_template
 from auvsum.ui.console import Console
 
@@ -50,6 +50,7 @@ def command(
     include: options.Include = None,
     exclude: options.Exclude = None,
     hidden: options.Hidden = False,
+    shard: options.Shard = None,
     timeout: options.Timeout = None,
     batch_size: options.BatchSize = None,
     budget: options.Budget = None,
@@ -114,9 +115,11 @@ def command(
         inputs = _inputs(files or [], files_from, null, selection)
         if score is not None and len(inputs) != 1:
             raise UsageError(f"--score compares one document, not {len(inputs)}", "name a single file")
+        part = None if shard is None else Shard.parse(shard)
         if dry_run or show_prompt:
-            return preview(console, settings, inputs, reading, format.value, show_prompt)
-        choices = Choices(format.value, output, output_dir, force, reading, score, panel)
+            mine = [item for item in inputs if part is None or part.holds(item)]
+            return preview(console, settings, mine, reading, format.value, show_prompt)
+        choices = Choices(format.value, output, output_dir, force, reading, score, panel, part)
         return Run(console, settings, choices).all(inputs)
 
     return guarded(console, work)
