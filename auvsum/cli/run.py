@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,19 @@ from auvsum.budget import size
 from auvsum.cli.guard import report
 from auvsum.cli.signals import Interruptible
 from auvsum.config import Settings
-from auvsum.events import DocumentStarted, Event, Notice
+from auvsum.events import DocumentStarted, Event, Notice, Warned
 from auvsum.io.inputs import Input, Shard
 from auvsum.io.manifest import settings_key
 from auvsum.io.render import sources
 from auvsum.io.sinks import FileSink, FolderSink, Sink, StreamSink
+from auvsum.scale.placement import Placement
 from auvsum.text.readers import Document, read_document
 from auvsum.ui.console import Console
 from auvsum.ui.views import Lines, Stream, View
 
 if TYPE_CHECKING:
+    from auvsum.scale.pool import Pool
+    from auvsum.scale.worker import Written
     from auvsum.summarize import Summarizer, Summary
 
 
@@ -48,6 +51,7 @@ class Choices:
     score: Path | None = None
     panel: bool | None = None
     shard: Shard | None = None
+    placement: Placement = field(default_factory=Placement)
 
     def holds(self, item: Input) -> bool:
         """Whether a document is this run's, and not another shard's."""
@@ -85,18 +89,18 @@ class Run:
             stack.enter_context(self._interruptible.active())
             sink = stack.enter_context(self._sink())
             stack.callback(self._close_view)
-            for result in self._results(inputs, sink):
+            for result in self._results(inputs, sink, stack):
                 self._take(result, sink, reference)
         return self._codes[0] if self._total == 1 and self._codes else int(any(self._codes))
 
-    def _results(self, inputs: list[Input], sink: Sink) -> Iterator[Summary | Failure]:
+    def _results(self, inputs: list[Input], sink: Sink, stack: ExitStack) -> Iterator[Summary | Written | Failure]:
         """Summaries and failures, as the sink wants them; without a document to read no model is loaded."""
         documents = self._documents(inputs, sink)
         for document in documents:
             if isinstance(document, Failure):
                 yield document
                 continue
-            summarizer = self._load(sink)
+            summarizer = self._load(sink, stack)
             rest = chain([document], documents)
             yield from summarizer.run(rest, ordered=not isinstance(sink, FolderSink), on_event=self._hear)
 
@@ -116,7 +120,7 @@ class Run:
             except Exception as error:
                 yield failure(error, item.place, item.source, self._settings)
 
-    def _take(self, result: Summary | Failure, sink: Sink, reference: str | None) -> None:
+    def _take(self, result: Summary | Written | Failure, sink: Sink, reference: str | None) -> None:
         """Writes a result and says what it cost, or why there is none."""
         failed = isinstance(result, Failure)
         record = result.record()
@@ -148,13 +152,19 @@ class Run:
             if self._total == 1:
                 self._console.note(f"budget: {event.budget.echo()}")
         if isinstance(event, Notice):
-            self._console.detail(event.text)
+            say = self._console.warn if isinstance(event, Warned) else self._console.detail
+            say(event.text)
             return
         self._view.hear(event)
 
-    def _load(self, sink: Sink) -> Summarizer:
-        """The model; then the view, which needs the terminal for itself."""
-        summarizer = load_summarizer(self._console, self._settings)
+    def _load(self, sink: Sink, stack: ExitStack) -> Summarizer | Pool:
+        """The model, or the workers that have it; then the view, which needs the terminal for itself."""
+        summarizer: Summarizer | Pool
+        if self._choices.placement.spread:
+            summarizer = stack.enter_context(self._choices.placement.pool(self._settings))
+            start_pool(self._console, summarizer, self._settings)
+        else:
+            summarizer = load_summarizer(self._console, self._settings)
         self._view = self._make_view(sink)
         return summarizer
 
@@ -176,7 +186,7 @@ class Run:
 
     @property
     def _one_at_a_time(self) -> bool:
-        return self._settings.batch_size in ("1", "auto")
+        return self._settings.batch_size in ("1", "auto") and not self._choices.placement.spread
 
     def _close_view(self) -> None:
         self._console.panel = None
@@ -215,6 +225,13 @@ def load_summarizer(console: Console, settings: Settings) -> Summarizer:
         summarizer = Summarizer.from_settings(settings)
     console.note(f"{summarizer.loaded.name}: loaded in {summarizer.loaded.load_seconds:.1f} s")
     return summarizer
+
+
+def start_pool(console: Console, pool: Pool, settings: Settings) -> None:
+    """Waits until the first of the workers has the model."""
+    with console.status(f"loading {settings.model} on {pool.workers} workers"):
+        first = pool.start(lambda event: console.warn(event.text) if isinstance(event, Warned) else None)
+    console.note(f"{first.name}: {pool.workers} workers, the first loaded in {first.load_seconds:.1f} s")
 
 
 def cost_line(record: dict[str, Any]) -> str:

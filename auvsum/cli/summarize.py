@@ -13,6 +13,7 @@ from auvsum.cli.run import Choices, Reading, Run
 from auvsum.config import Settings, load_settings
 from auvsum.errors import UsageError
 from auvsum.io.inputs import Input, Selection, Shard, expand, read_names
+from auvsum.scale.placement import Placement
 from auvsum.text.templates import load_template
 from auvsum.ui.console import Console
 
@@ -64,6 +65,10 @@ def command(
     model: options.Model = None,
     download: options.Download = None,
     device: options.Device = None,
+    devices: options.Devices = None,
+    engine: options.Placed = options.Where.local,
+    address: options.Address = None,
+    workers: options.Workers = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     temperature: options.Temperature = None,
@@ -92,6 +97,7 @@ def command(
       find . -name '*.txt' -print0 | auvsum summarize -0 --files-from - -O out/
       auvsum summarize report.txt --instruction "List the decisions."
       auvsum summarize reports/ --dry-run
+      auvsum summarize reports/ -O summaries/ --devices all
     """
     console = Console(color.value, quiet, verbose, debug)
 
@@ -119,7 +125,8 @@ def command(
         if dry_run or show_prompt:
             mine = [item for item in inputs if part is None or part.holds(item)]
             return preview(console, settings, mine, reading, format.value, show_prompt)
-        choices = Choices(format.value, output, output_dir, force, reading, score, panel, part)
+        placement = Placement(devices, engine.value, address, workers)
+        choices = Choices(format.value, output, output_dir, force, reading, score, panel, part, placement)
         return Run(console, settings, choices).all(inputs)
 
     return guarded(console, work)
