@@ -165,17 +165,17 @@ class Run:
             start_pool(self._console, summarizer, self._settings)
         else:
             summarizer = load_summarizer(self._console, self._settings)
-        self._view = self._make_view(sink)
+        self._view = self._make_view(sink, getattr(summarizer, "workers", 1))
         return summarizer
 
-    def _make_view(self, sink: Sink) -> View:
+    def _make_view(self, sink: Sink, workers: int) -> View:
         console, choices = self._console, self._choices
         text_on_terminal = isinstance(sink, StreamSink) and console.stdout_is_terminal
         wanted = console.stderr_is_terminal and not text_on_terminal and not console.quiet
         if choices.panel or (choices.panel is None and wanted):
             from auvsum.ui.panel import Panel
 
-            panel = Panel(console.rich(), self._total)
+            panel = Panel(console.rich(), self._total, workers)
             panel.state.skipped = self._skipped
             panel.state.failed = len(self._codes)
             console.panel = panel
