@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -165,18 +166,23 @@ def _import_ray() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     """Joins a cluster, or starts one."""
+    address = address or os.environ.get("RAY_ADDRESS")
     try:
+        host, _, port = (address or "").rpartition(":")
+        if port.isdecimal() and "/" not in host:
+            # Ray itself would try for minutes, and log each time.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         with _signals_kept():
             ray.init(
                 address=address,
-                include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
+                include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level="CRITICAL",
             )
         # What Ray's own processes say (pages of it when a node dies) would be printed to stdout, among the summaries;
         # there is no public switch, and that a worker died is said in a line of ours.
         ray._private.worker._worker_logs_enabled = False
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
             f"no Ray cluster at {address or 'this machine'}: {reason}", "start one with: ray start --head"
@@ -208,7 +214,7 @@ def _share(ray: Any, settings: Settings, workers: int | None) -> tuple[int, dict
         resources = {"num_cpus": each, "num_gpus": 0}
         settings = replace(settings, device="cpu", threads=each)
     if number > room:
-        takes = "a GPU" if resources["num_gpus"] else f"{resources['num_cpus']} cores"
+        takes = "a GPU" if resources["num_gpus"] else f"{resources['num_cpus']} of a node's cores"
         raise UsageError(
             f"the Ray cluster has room for {room} workers, not {number}: each takes {takes}",
             "lower --workers (or --threads), or add nodes first",
