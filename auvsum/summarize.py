@@ -18,7 +18,7 @@ from auvsum.cache.policy import Policy, make_policy
 from auvsum.cache.sliding import SlidingWindow
 from auvsum.config import Settings
 from auvsum.engine.generate import Engine, Request
-from auvsum.engine.memory import free_bytes
+from auvsum.engine.memory import free_over
 from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
@@ -142,7 +142,7 @@ class Summary:
             },
             "settings": {
                 "dtype": str(self.loaded.dtype).removeprefix("torch."),
-                "device": str(self.loaded.device),
+                "device": self.loaded.runs_on,
                 "batch_size": self.batch_size,
                 "seed": self.settings.seed,
                 "version": __version__,
@@ -404,7 +404,7 @@ class Summarizer:
             least_slots=policy.least_slots,
             slots_to_hold=policy.slots_to_hold,
             paper_slots=policy.paper_slots,
-            free_bytes=free_bytes(self.loaded.device) // self.batch_size,
+            free_bytes=free_over(self.loaded.devices or (self.loaded.device,)) // self.batch_size,
             window_bytes=windows,
             most_slots=most_slots,
         )

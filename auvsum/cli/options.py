@@ -70,7 +70,9 @@ Window = Annotated[int | None, _option("Tokens in a window of the map-reduce str
 Truncate = Annotated[bool | None, _option("Cut a document that is too long, and say so.", "--truncate/--no-truncate")]
 Encoding = Annotated[str | None, _option("Encoding of the files; otherwise detected.", metavar="NAME")]
 
-Device = Annotated[str | None, _option("auto, cpu, cuda or cuda:1.", metavar="NAME")]
+Device = Annotated[
+    str | None, _option("auto, cpu, cuda, cuda:1, or cuda:0+cuda:1 for a model over both.", metavar="NAME")
+]
 Devices = Annotated[
     str | None, _option("A worker on each of these devices: all GPUs, or 0,1, or cpu,cpu.", metavar="all|LIST")
 ]

@@ -36,6 +36,16 @@ def free_bytes(device: torch.device) -> int:
     return 4 * 2**30
 
 
+def devices_of(model: Any) -> list[torch.device]:
+    """The devices of a model's weights, in the order in which it uses them."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+def free_over(devices: Sequence[torch.device]) -> int:
+    """Bytes that caches may take of a model spread over devices: they share it evenly, so the fullest one decides."""
+    return len(devices) * min(free_bytes(device) for device in devices)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in main memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -77,5 +87,5 @@ def rows_that_fit(model: Any, policy: Policy, requests: Sequence[Request]) -> in
     row_bytes = layers * cost.fixed + slots * cost.per_slot + config.vocab_size * (element + 16)
     prompt = max(len(request.ids) for request in requests)
     prompt_bytes = prompt * element * (12 * config.hidden_size + 3 * width)
-    fit = int((_PLANNED * free_bytes(parameter.device) - prompt_bytes) // row_bytes)
+    fit = int((_PLANNED * free_over(devices_of(model)) - prompt_bytes) // row_bytes)
     return max(1, min(fit, _MOST_ROWS[parameter.device.type], len(requests)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from auvsum.config import Settings
 from auvsum.errors import DeviceError, UsageError
 from auvsum.scale.pool import Crew, Pool
+
+_DEVICE = re.compile(r"cpu|cuda:\d+(\+cuda:\d+)*")
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,8 @@ class Placement:
     """What the flags say.
 
     Args:
-        devices: `all`, or names with commas between: `0,1`, `cuda:0,cuda:1`, `cpu,cpu`.
+        devices: `all`, or names with commas between: `0,1`, `cuda:0,cuda:1`, `cpu,cpu`; `0+1,2+3` is two workers, the
+            model of each over two GPUs.
         engine: `local` or `ray`. address: of a Ray cluster; without it Ray is started here. workers: Ray actors.
 
     Raises:
@@ -73,9 +77,11 @@ def parse_devices(text: str) -> list[str]:
         if not torch.cuda.is_available():
             raise DeviceError("--devices all means all GPUs, and there is none here", "name some: --devices cpu,cpu")
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    names = [f"cuda:{name}" if name.isdecimal() else name for name in text.replace(" ", "").split(",")]
-    for name in names:
-        kind, _, number = name.partition(":")
-        if name != "cpu" and (kind != "cuda" or not number.isdecimal()):
-            raise UsageError(f"--devices {text!r} is not understood", "write all, 0,1 or cpu,cpu")
+    names = ["+".join(map(_device, name.split("+"))) for name in text.replace(" ", "").split(",")]
+    if not all(_DEVICE.fullmatch(name) for name in names):
+        raise UsageError(f"--devices {text!r} is not understood", "write all, 0,1 or cpu,cpu")
     return names
+
+
+def _device(name: str) -> str:
+    return f"cuda:{name}" if name.isdecimal() else name

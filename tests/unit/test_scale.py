@@ -235,7 +235,8 @@ def test_devices() -> None:
     assert parse_devices("0,1") == ["cuda:0", "cuda:1"]
     assert parse_devices("cpu, cpu") == ["cpu", "cpu"]
     assert parse_devices("cuda:3") == ["cuda:3"]
-    for wrong in ("", "0,", "gpu", "cuda", "cuda:", "cpu:1", "all,0"):
+    assert parse_devices("0+1,2+3") == ["cuda:0+cuda:1", "cuda:2+cuda:3"]
+    for wrong in ("", "0,", "gpu", "cuda", "cuda:", "cpu:1", "all,0", "0+", "cpu+cpu"):
         with pytest.raises(UsageError, match="is not understood"):
             parse_devices(wrong)
 
