@@ -47,12 +47,14 @@ def follow(model: Any) -> None:
     Raises:
         DeviceError: some of the model found no room on the GPUs.
     """
+    # Without a map everything is in one place.
+    given = getattr(model, "hf_device_map", {"": str(devices_of(model)[0])})
     places = {
         name: torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        for name, place in model.hf_device_map.items()
+        for name, place in given.items()
         if place not in ("cpu", "disk")
     }
-    if len(places) < len(model.hf_device_map):
+    if len(places) < len(given):
         raise DeviceError("the model does not fit into the free memory of these GPUs together", "name more of them")
     for name, place in places.items():
         model.get_submodule(name).register_forward_pre_hook(partial(_enter, place))

@@ -68,8 +68,13 @@ class Pool:
         """How many there are."""
         return len(self._workers)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every worker has its model."""
+        return all(worker.size for worker in self._workers)
+
     def start(self, on_event: Callable[[Event], None] | None = None) -> Ready:
-        """Waits for the first worker that has its model; the others join as they have theirs.
+        """Waits for the next worker that has its model; one is enough, the others join as they have theirs.
 
         Raises:
             AuvsumError: the model or the device is not to be had.
