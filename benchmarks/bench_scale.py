@@ -1,6 +1,6 @@
 """More than one device: documents over worker processes and Ray, and a model over two GPUs.
 
-    python benchmarks/bench_scale.py                                 # two GPUs of 80 GB: everything but Ray, 8 minutes
+    python benchmarks/bench_scale.py                                 # two GPUs of 80 GB: what needs them, 8 minutes
     python benchmarks/bench_scale.py --only documents,equal          # some parts
     python benchmarks/bench_scale.py --only ray --out benchmarks/results/ray-cpu.json
     python benchmarks/bench_scale.py --tiny                          # every part on a CPU, with tiny shapes: a check
@@ -9,6 +9,7 @@
   queue, the same documents of 1,900 tokens; models loaded and warmed up before the clock starts.
 - equal: what two workers write is what one engine writes, in fp32, greedy, by a small random model.
 - split: OPT-30B's shape over two GPUs: decode tok/s, and its share of the limit set by the bytes of weights and slots.
+- driver: what one driver can do at most, with workers that do nothing: deal out, write, and start over a full folder.
 - ray: one Ray worker against the local engine, on the default model, in turns.
 
 Random weights, made where they run. The limit of a step is what one GPU after the other has to read, over the copy
@@ -21,11 +22,14 @@ import argparse
 import gc
 import json
 import os
+import tempfile
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import common
@@ -39,7 +43,10 @@ from auvsum.engine import split
 from auvsum.engine.generate import Engine, Request
 from auvsum.engine.memory import cache_shape, devices_of
 from auvsum.engine.models import LoadedModel
-from auvsum.events import Finished, Prefilled
+from auvsum.events import DocumentDone, Finished, Prefilled
+from auvsum.io.inputs import Input
+from auvsum.io.manifest import Manifest
+from auvsum.io.sinks import FolderSink
 from auvsum.scale.pool import Pool
 from auvsum.scale.processes import Processes
 from auvsum.summarize import Summarizer
@@ -243,6 +250,72 @@ def settings_dtype(sizes: Sizes) -> torch.dtype:
     return torch.float32 if sizes.tiny else torch.float16
 
 
+class Idle:
+    """A summarizer that does nothing: what is left is the work of the driver."""
+
+    batch_size = 64
+
+    def __init__(self) -> None:
+        self.loaded = SimpleNamespace(name="idle", load_seconds=0.0)
+
+    def run(self, documents: Iterable[Document], *, ordered: bool, on_event: Callable[[Any], None]) -> Iterator[Any]:
+        for index, document in enumerate(documents):
+            on_event(DocumentDone(index, document.id))
+            yield SimpleNamespace(
+                id=document.id, source=document.source, text=_SUMMARY, warnings=[],
+                record=partial(_record, document.id, document.source),
+            )  # fmt: skip
+
+
+_SUMMARY = "The council met in the town hall and there it decided to build a bridge over the river. " * 5
+
+
+def _record(id: str, source: str) -> dict[str, Any]:
+    """A record as long as real ones are."""
+    padding = {"layer_slots": [209] * 40, "settings": "x" * 300, "tokens": "x" * 300}
+    return {"id": id, "source": source, "summary": _SUMMARY, "error": None, **padding}
+
+
+def idle(settings: Settings) -> Any:
+    return Idle()
+
+
+def part_driver(sizes: Sizes) -> list[dict[str, Any]]:
+    """Documents a second through the pool, and into a folder; seconds and bytes to resume over a full one."""
+    number = 200 if sizes.tiny else 5000
+    documents = documents_of(sizes, 512, number)
+    settings, rows = Settings(), []
+    with Pool(Processes(settings, ["cpu", "cpu"], idle), settings) as pool:
+        while not pool.complete:
+            pool.start()
+        start = time.perf_counter()
+        assert sum(1 for _ in pool.run(documents)) == number
+        rows.append(row("driver: dealt out and taken back", number / (time.perf_counter() - start), "documents/s"))
+    with tempfile.TemporaryDirectory() as folder:
+        out, inputs = Path(folder) / "out", [Input(f"{folder}/{n}.txt", f"{n % 100}/{n}.txt") for n in range(number)]
+        for item in inputs:
+            Path(item.path).write_text(f"Number {item.place}. {_SUMMARY * 10}")
+        with FolderSink(out, "text", "key") as sink:
+            start = time.perf_counter()
+            for item in inputs:
+                assert sink.wants(item)
+                sink.write(_record(item.place, item.source))
+            rows.append(row("driver: written to a folder", number / (time.perf_counter() - start), "documents/s"))
+            start = time.perf_counter()
+        rows.append(row("driver: the index of a folder", number / (time.perf_counter() - start), "documents/s"))
+        journal = out / ".auvsum" / "manifest.jsonl"
+        rows.append(row("driver: the journal", journal.stat().st_size / number, "bytes a document"))
+        start = time.perf_counter()
+        with FolderSink(out, "text", "key") as sink:
+            assert not any(sink.wants(item) for item in inputs)
+            rows.append(row("driver: skipped", number / (time.perf_counter() - start), "documents/s"))
+        tracemalloc.start()
+        with Manifest(out):
+            rows.append(row("driver: the journal in memory", tracemalloc.get_traced_memory()[0] / number, "bytes"))
+        tracemalloc.stop()
+    return rows
+
+
 def part_ray(sizes: Sizes) -> list[dict[str, Any]]:
     """The local engine and one Ray worker in turns, models loaded, on the default model (tiny: a random one)."""
     from auvsum.scale.cluster import Cluster
@@ -276,8 +349,10 @@ PARTS: dict[str, Callable[[Sizes], list[dict[str, Any]]]] = {
     "documents": part_documents,
     "equal": part_equal,
     "split": part_split,
+    "driver": part_driver,
     "ray": part_ray,
 }
+PARTS_ON_GPUS = ("documents", "equal", "split")
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -313,12 +388,14 @@ def synchronize(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help=f"parts, of {', '.join(PARTS)}; without it all that this machine can run")
+    parser.add_argument("--only", help=f"parts, of {', '.join(PARTS)}; without it those for GPUs")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU: checks this script")
     parser.add_argument("--out", type=Path, help="write the JSON there too, after every part")
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    parts = options.only.split(",") if options.only else [n for n in PARTS if options.tiny or n != "ray"]
+    parts = (
+        options.only.split(",") if options.only else [n for n in PARTS if options.tiny or n not in ("driver", "ray")]
+    )
     started, record = time.perf_counter(), {"benchmark": "scale", "tiny": options.tiny, "rows": []}
     sizes = Sizes(options.tiny)
     for part in parts:
