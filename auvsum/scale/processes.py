@@ -41,8 +41,12 @@ class Processes:
         self._load = load
         self._starts = [0] * len(devices)
         self._running: dict[Connection, tuple[int, BaseProcess]] = {}
-        for number in range(len(devices)):
-            self._start(number)
+        try:
+            for number in range(len(devices)):
+                self._start(number)
+        except BaseException:
+            self.close()
+            raise
 
     def give(self, worker: int, index: int, document: Document) -> None:
         """Sends a document; to a worker that is just dying it is lost, which `hear` will say."""
