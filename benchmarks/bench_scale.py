@@ -324,9 +324,9 @@ def part_ray(sizes: Sizes) -> list[dict[str, Any]]:
     if sizes.tiny:
         settings, documents = settings_of(sizes), documents_of(sizes, 512, 40)
     else:
-        settings = Settings(budget="10%", max_tokens=48, threads=1, device="cpu", dtype="fp32", batch_size="1")
+        settings = Settings(budget="10%", max_tokens=32, threads=1, device="cpu", dtype="fp32", batch_size="1")
         text = (common.ROOT / "samples" / "money-bail.txt").read_text(encoding="utf-8")
-        documents = [Document(f"/{n}.txt", text[600 * n : 600 * n + 2400], "utf-8") for n in range(10)]
+        documents = [Document(f"/{n}.txt", text[600 * n : 600 * n + 2400], "utf-8") for n in range(6)]
     local = load(settings)
     cases: dict[str, Callable[[], float]] = {"local engine": lambda: timed(local, documents)}
     with Pool(Cluster(settings, 1, None, load), settings) as pool:
