@@ -229,9 +229,10 @@ def load_summarizer(console: Console, settings: Settings) -> Summarizer:
 
 def start_pool(console: Console, pool: Pool, settings: Settings) -> None:
     """Waits until the first of the workers has the model."""
-    with console.status(f"loading {settings.model} on {pool.workers} workers"):
+    workers = f"{pool.workers} worker{'s' * (pool.workers > 1)}"
+    with console.status(f"loading {settings.model}, {workers}"):
         first = pool.start(lambda event: console.warn(event.text) if isinstance(event, Warned) else None)
-    console.note(f"{first.name}: {pool.workers} workers, the first loaded in {first.load_seconds:.1f} s")
+    console.note(f"{first.name}: {workers}, the first loaded in {first.load_seconds:.1f} s")
 
 
 def cost_line(record: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import pickle
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from auvsum.batch import Failure
 from auvsum.config import Settings
 from auvsum.errors import DeviceError, DocumentEmpty, GenerationFailed, InternalError, UsageError
 from auvsum.events import DocumentDone, DocumentFailed, DocumentStarted, Event, Finished, Token, Warned
+from auvsum.scale import cluster
 from auvsum.scale.placement import Placement, parse_devices
 from auvsum.scale.pool import Pool
 from auvsum.scale.processes import Processes
@@ -252,6 +254,28 @@ def test_flags_that_do_not_go_together(flags: dict[str, Any]) -> None:
 def test_device_and_devices_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="exclude each other"):
         Placement("cpu,cpu").pool(Settings(device="cpu"))
+
+
+def test_shares_of_a_cluster() -> None:
+    """One worker a GPU, or one a node with all cores of the smallest; never more than there is room for."""
+    cores = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0}}]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    head = {"Alive": True, "Resources": {"node:head": 1.0}}
+    cpus = SimpleNamespace(nodes=lambda: [*cores, gone, head])
+    number, resources, settings = cluster._share(cpus, Settings(), None)
+    assert (number, resources, settings.device, settings.threads) == (2, {"num_cpus": 4, "num_gpus": 0}, "cpu", 4)
+    assert cluster._share(cpus, Settings(), 4)[1]["num_cpus"] == 2
+    assert cluster._share(cpus, Settings(threads=3), 3)[1]["num_cpus"] == 3
+    with pytest.raises(UsageError, match="room for 3 workers, not 4: each takes 3"):
+        cluster._share(cpus, Settings(threads=3), 4)
+    with pytest.raises(DeviceError, match="no GPU"):
+        cluster._share(cpus, Settings(device="cuda"), None)
+    gpus = SimpleNamespace(nodes=lambda: [*cores, {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}}])
+    number, resources, settings = cluster._share(gpus, Settings(), None)
+    assert (number, resources["num_gpus"], settings.device, settings.threads) == (2, 1, "cuda", None)
+    assert cluster._share(gpus, Settings(device="cpu"), None)[2].device == "cpu"
+    with pytest.raises(UsageError, match="room for 2 workers, not 3: each takes a GPU"):
+        cluster._share(gpus, Settings(), 3)
 
 
 def test_errors_travel() -> None:
