@@ -36,7 +36,6 @@ import common
 import torch
 
 from auvsum import _env
-from auvsum.budget import CacheShape
 from auvsum.cache.policy import make_policy
 from auvsum.config import Settings
 from auvsum.engine import split
@@ -105,13 +104,9 @@ def summarizer(shape: str, settings: Settings) -> Summarizer:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None
-    kv = CacheShape(
-        config.num_hidden_layers, config.num_attention_heads, config.hidden_size // config.num_attention_heads,
-        dtype.itemsize,
-    )  # fmt: skip
     loaded = LoadedModel(
-        shape, Path(), model, tokenizer_of(config.vocab_size), config.max_position_embeddings, kv, (), False, device,
-        dtype, time.perf_counter() - start, tuple(devices_of(model)),
+        shape, Path(), model, tokenizer_of(config.vocab_size), config.max_position_embeddings, cache_shape(model), (),
+        device, dtype, time.perf_counter() - start, tuple(devices_of(model)),
     )  # fmt: skip
     return Summarizer(loaded, settings)
 
@@ -199,7 +194,7 @@ def part_split(sizes: Sizes) -> list[dict[str, Any]]:
             seconds = min(event.decode_seconds for event in events if isinstance(event, Finished))
             rates.append((sizes.steps - 1) / seconds)
             reads.append(common.median([event.seconds for event in events if isinstance(event, Prefilled)]))
-        token = 2 * shape["kv_heads"] * shape["head_dim"] * shape["dtype"].itemsize
+        token = 2 * shape.kv_heads * shape.head_dim * shape.element_bytes
         bytes_ = weight_bytes(model) + batch * model.config.num_hidden_layers * sizes.slots * token
         limit = bandwidth / bytes_
         rows.append(

@@ -17,9 +17,9 @@ def fragile(settings: Settings) -> Any:
     from auvsum.summarize import Plan, Summarizer
 
     class Fragile(Summarizer):
-        def plan(self, text: str) -> Plan:
+        def plan(self, text: str, **more: Any) -> Plan:
             happen(text)
-            return super().plan(text)
+            return super().plan(text, **more)
 
     return Fragile.from_settings(settings)
 

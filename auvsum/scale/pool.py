@@ -10,6 +10,7 @@ fails when it does so again, and takes no other with it.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -74,18 +75,22 @@ class Pool:
         return all(worker.size for worker in self._workers)
 
     def start(self, on_event: Callable[[Event], None] | None = None) -> Ready:
-        """Waits for the next worker that has its model; one is enough, the others join as they have theirs.
+        """Waits for the first worker that has its model, and as long again for the others; late ones join later.
+
+        A small folder is shared out between those that are there at the start.
 
         Raises:
             AuvsumError: the model or the device is not to be had.
         """
         first: Ready | None = None
-        while first is None:
+        begun, took = time.monotonic(), 0.0
+        while first is None or not (self.complete or time.monotonic() - begun > 2 * took):
             for worker, message in self._crew.hear():
                 if isinstance(message, Broken):
                     raise message.error
                 if isinstance(message, Ready):
                     self._workers[worker].size = message.size
+                    took = took or time.monotonic() - begun
                     first = first or message
                 elif isinstance(message, Told) and on_event is not None:
                     for event in message.events:
@@ -97,11 +102,12 @@ class Pool:
         documents: Iterable[Document | Failure],
         *,
         ordered: bool = True,
+        together: bool = True,
         on_event: Callable[[Event], None] | None = None,
     ) -> Iterator[Written | Failure]:
         """As `Summarizer.run`, and its documents are as lazily taken: when a worker has room for one."""
         hear = on_event or (lambda event: None)
-        work = _Work(self._crew, self._workers, self._settings, documents, ordered, hear)
+        work = _Work(self._crew, self._workers, self._settings, documents, ordered, together, hear)
         waiting: dict[int, Written | Failure] = {}
         try:
             for index, result in work.results():
@@ -139,6 +145,7 @@ class _Work:
         settings: Settings,
         documents: Iterable[Document | Failure],
         ordered: bool,
+        together: bool,
         hear: Callable[[Event], None],
     ) -> None:
         self._crew = crew
@@ -146,6 +153,7 @@ class _Work:
         self._settings = settings
         self._incoming = enumerate(documents)
         self._ordered = ordered
+        self._together = together
         self._hear = hear
         self._ended = False
         self._taken = 0
@@ -188,6 +196,8 @@ class _Work:
         return self._ended or (self._ordered and self._taken - self.following > _AHEAD * places)
 
     def _most_room(self) -> int | None:
+        if not self._together and any(worker.has for worker in self._workers):
+            return None
         number = max(range(len(self._workers)), key=lambda number: self._workers[number].room)
         return number if self._workers[number].room else None
 

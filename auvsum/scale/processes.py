@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -56,8 +57,8 @@ class Processes:
                 connection.send((index, document))
 
     def hear(self) -> Iterable[tuple[int, Message]]:
-        """What workers say; waits until one does."""
-        for connection in wait(list(self._running)):
+        """What workers say; waits until one does, or for a second."""
+        for connection in wait(list(self._running), timeout=1.0):
             assert isinstance(connection, Connection)
             number, process = self._running[connection]
             try:
@@ -88,7 +89,8 @@ class Processes:
         process = context.Process(
             target=_main, args=(self._load, self._settings_of(number), theirs), name=self.names[number], daemon=True
         )
-        process.start()
+        with _not_interrupted():
+            process.start()
         theirs.close()  # or its end would never be noticed
         self._running[mine] = (number, process)
 
@@ -146,6 +148,20 @@ def _ending(code: int | None) -> str:
         with suppress(ValueError):
             return f"was killed ({signal.Signals(-code).name})"
     return f"ended with exit code {code}"
+
+
+@contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """Within, Ctrl-C waits; a process that is started inherits that, and is not torn while it imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which would let the signals through again, if it came later
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

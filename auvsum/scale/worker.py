@@ -16,6 +16,7 @@ from auvsum.events import DocumentDone, DocumentFailed, Event, Notice, Text, Tok
 from auvsum.text.readers import Document
 
 if TYPE_CHECKING:
+    from auvsum.engine.models import LoadedModel
     from auvsum.summarize import Summarizer, Summary
 
 #: Seconds to wait for one more document before those that are being written are finished without it.
@@ -96,13 +97,21 @@ def work(load: Load, settings: Settings, inbox: Inbox, send: Send) -> None:
         prepare(download=settings.download)
         summarizer = load(settings)
         loaded = summarizer.loaded
-        send(Ready(summarizer.batch_size, loaded.name, loaded.load_seconds))
+        size = summarizer.batch_size or _most(loaded)
+        send(Ready(size, loaded.name, loaded.load_seconds))
         while True:
-            _write(summarizer, _Portion(inbox, summarizer.batch_size), send)
+            _write(summarizer, _Portion(inbox, size), send)
     except AuvsumError as error:
         send(Broken(error))
     except Exception as error:
         send(Broken(InternalError(error)))
+
+
+def _most(loaded: LoadedModel) -> int:
+    """Documents for an engine that chooses by itself how many it writes together."""
+    from auvsum.engine.memory import MOST_ROWS
+
+    return MOST_ROWS[loaded.device.type]
 
 
 class _Portion:

@@ -92,6 +92,14 @@ def test_results_in_order_whatever_the_workers_do(workers: int, last_first: bool
     assert sorted(result.id for result in pool.run(of(7), ordered=False)) == sorted(str(n) for n in range(7))
 
 
+def test_one_after_the_other() -> None:
+    crew = Crew(2)
+    pool = Pool(crew, Settings())
+    pool.start()
+    assert len(list(pool.run(of(5), together=False))) == 5
+    assert all(len(together) == 1 for together in crew.together)
+
+
 def test_documents_are_taken_when_there_is_room() -> None:
     taken = 0
 
@@ -188,6 +196,7 @@ def test_processes_write_what_one_engine_writes(settings: Settings, tmp_path: Pa
         assert summaries(pool.run(documents[:2])) == summaries(local[:2])
     assert [result.id for result in results] == [str(n) for n in range(9)]
     assert summaries(r for r in results if r.id not in "37") == summaries(local)
+    assert sum(summary is not None for _, summary in summaries(results)) == 6
     assert results[7].record()["summary"], "its worker died once: it is done by another"
     records = [result.record() for result in results]
     assert records[3]["error"]["kind"] == "generation-failed"
@@ -200,6 +209,8 @@ def test_processes_write_what_one_engine_writes(settings: Settings, tmp_path: Pa
     assert "test_scale" not in str(records[6]["error"])
     assert "scale_loaders.py" in str(results[6].error.__cause__), "the traceback came along"
     mine, theirs = local[0].record(), records[0]
+    for record in (mine, theirs):
+        del record["settings"]["batch_size"]  # how many came at the same time
     assert theirs.keys() == mine.keys()
     assert all(theirs[key] == mine[key] for key in mine.keys() - {"time"})
     started = [event.request for event in events if isinstance(event, DocumentStarted)]
