@@ -30,7 +30,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _BATCH_SIZE = re.compile(r"auto|[1-9]\d*")
 _AT_LEAST = {"chunk": 1, "window": 64, "max_tokens": 1, "sentences": 1, "words": 1, "threads": 1, "seed": 0}
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+(\+cuda:\d+)*)?")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -106,7 +106,7 @@ class Settings:
                 f"repetition_penalty must be from 1 to 10, not {self.repetition_penalty}", "1 discourages nothing"
             )
         if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"device {self.device!r} is unknown", "use auto, cpu, cuda or cuda:1")
+            raise ConfigError(f"device {self.device!r} is unknown", "use auto, cpu, cuda, cuda:1 or cuda:0+cuda:1")
         if not _BATCH_SIZE.fullmatch(self.batch_size):
             raise ConfigError(f"batch_size {self.batch_size!r} is not understood", "use auto, or a number from 1")
         if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):

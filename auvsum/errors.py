@@ -19,7 +19,8 @@ A message says what happened and why; `hint` says what to type next. Both are si
 
 from __future__ import annotations
 
-from typing import ClassVar
+import traceback
+from typing import Any, ClassVar
 
 
 class AuvsumError(Exception):
@@ -93,6 +94,22 @@ class InternalError(AuvsumError):
     def __init__(self, cause: Exception) -> None:
         super().__init__(f"internal: {type(cause).__name__}: {cause}", "run it again with --debug, and report it")
         self.__cause__ = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # From a worker process it comes with its traceback as text.
+        cause = self.__cause__
+        trace = "" if cause is None else "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
+        return _elsewhere, (self.message, trace)
+
+
+class Elsewhere(Exception):
+    """What happened in another process: its traceback."""
+
+
+def _elsewhere(message: str, trace: str) -> InternalError:
+    error = InternalError(Elsewhere(f"\n{trace}"))
+    error.message, error.args = message, (message,)
+    return error
 
 
 class UsageError(AuvsumError):

@@ -69,6 +69,11 @@ class Notice:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Warned(Notice):
+    """A notice that people should see without having asked, such as a worker that died."""
+
+
 # -- added by `summarize.py` and `batch.py`: documents with names, and text -------------------------------------------
 
 

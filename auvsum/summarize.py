@@ -18,7 +18,7 @@ from auvsum.cache.policy import Policy, make_policy
 from auvsum.cache.sliding import SlidingWindow
 from auvsum.config import Settings
 from auvsum.engine.generate import Engine, Request
-from auvsum.engine.memory import MOST_ROWS, free_bytes, rows_that_fit
+from auvsum.engine.memory import MOST_ROWS, free_over, rows_that_fit
 from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
@@ -144,7 +144,7 @@ class Summary:
             },
             "settings": {
                 "dtype": str(self.loaded.dtype).removeprefix("torch."),
-                "device": str(self.loaded.device),
+                "device": self.loaded.runs_on,
                 "batch_size": self.batch_size,
                 "seed": self.settings.seed,
                 "version": __version__,
@@ -184,8 +184,8 @@ class Summarizer:
         return rows_that_fit(self.loaded.model, plan.policy, requests, chunk, plan.bits)
 
     def free_bytes(self) -> int:
-        """Free memory of the device, now."""
-        return free_bytes(self.loaded.device)
+        """Free memory of the device, or devices, now."""
+        return free_over(self.loaded.devices or (self.loaded.device,))
 
     @classmethod
     def from_pretrained(cls, model: str | None = None, **settings: Any) -> Summarizer:

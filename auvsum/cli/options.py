@@ -29,6 +29,11 @@ class SummaryFormat(str, Enum):
     jsonl = "jsonl"
 
 
+class Where(str, Enum):
+    local = "local"
+    ray = "ray"
+
+
 def _option(help_: str, *names: str, metavar: str | None = None) -> object:
     return typer.Option(*names, help=help_, metavar=metavar, show_default=False)
 
@@ -65,7 +70,15 @@ Window = Annotated[int | None, _option("Tokens in a window of the map-reduce str
 Truncate = Annotated[bool | None, _option("Cut a document that is too long, and say so.", "--truncate/--no-truncate")]
 Encoding = Annotated[str | None, _option("Encoding of the files; otherwise detected.", metavar="NAME")]
 
-Device = Annotated[str | None, _option("auto, cpu, cuda or cuda:1.", metavar="NAME")]
+Device = Annotated[
+    str | None, _option("auto, cpu, cuda, cuda:1, or cuda:0+cuda:1 for a model over both.", metavar="NAME")
+]
+Devices = Annotated[
+    str | None, _option("A worker on each of these devices: all GPUs, or 0,1, or cpu,cpu.", metavar="all|LIST")
+]
+Placed = Annotated[Where, _option("Summarize on this machine, or on a Ray cluster.", "--engine")]
+Address = Annotated[str | None, _option("The Ray cluster to use; auto is the one here.", metavar="HOST:PORT|auto")]
+Workers = Annotated[int | None, _option("Ray workers; otherwise one a GPU, or one a node.", metavar="N")]
 Dtype = Annotated[str | None, _option("auto, bf16, fp16 or fp32.", metavar="NAME")]
 Threads = Annotated[int | None, _option("CPU threads.", metavar="N")]
 Temperature = Annotated[float | None, _option("0 takes the likeliest token each time.", metavar="X")]
@@ -100,6 +113,9 @@ Exclude = Annotated[
     list[str] | None, _option("Of folders, no files or folders like this; repeatable.", "--exclude", metavar="PATTERN")
 ]
 Hidden = Annotated[bool, _option("Of folders, also names that start with a dot.", "--hidden")]
+Shard = Annotated[
+    str | None, _option("Only this part of the documents, the third of eight: one run a machine.", metavar="3/8")
+]
 SummaryFormatOption = Annotated[SummaryFormat, _option("The summary, with a heading, or its whole record.", "--format")]
 Score = Annotated[
     Path | None, _option("A reference summary: adds ROUGE and BERTScore to the record.", metavar="REF.txt")

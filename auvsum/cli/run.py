@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,19 @@ from auvsum.budget import size
 from auvsum.cli.guard import report
 from auvsum.cli.signals import Interruptible
 from auvsum.config import Settings
-from auvsum.events import DocumentStarted, Event, Notice
-from auvsum.io.inputs import Input
+from auvsum.events import DocumentStarted, Event, Notice, Warned
+from auvsum.io.inputs import Input, Shard
 from auvsum.io.manifest import settings_key
 from auvsum.io.render import sources
 from auvsum.io.sinks import FileSink, FolderSink, Sink, StreamSink
+from auvsum.scale.placement import Placement
 from auvsum.text.readers import Document, read_document
 from auvsum.ui.console import Console
 from auvsum.ui.views import Lines, Stream, View
 
 if TYPE_CHECKING:
+    from auvsum.scale.pool import Pool
+    from auvsum.scale.worker import Written
     from auvsum.summarize import Summarizer, Summary
 
 
@@ -47,6 +50,12 @@ class Choices:
     reading: Reading = Reading()
     score: Path | None = None
     panel: bool | None = None
+    shard: Shard | None = None
+    placement: Placement = field(default_factory=Placement)
+
+    def holds(self, item: Input) -> bool:
+        """Whether a document is this run's, and not another shard's."""
+        return self.shard is None or self.shard.holds(item)
 
 
 class Run:
@@ -71,25 +80,27 @@ class Run:
         Raises:
             ModelError, OutputError: there is no going on without a model or an output.
         """
-        self._total = len(inputs)
+        self._total = sum(self._choices.holds(item) for item in inputs)
+        if not self._total:
+            self._console.note(f"shard {self._choices.shard} holds none of {len(inputs):,} documents")
         reference = _reference(self._choices)
         with ExitStack() as stack:
             stack.callback(self._say_outcome)
             stack.enter_context(self._interruptible.active())
             sink = stack.enter_context(self._sink())
             stack.callback(self._close_view)
-            for result in self._results(inputs, sink):
+            for result in self._results(inputs, sink, stack):
                 self._take(result, sink, reference)
-        return self._codes[0] if len(inputs) == 1 and self._codes else int(any(self._codes))
+        return self._codes[0] if self._total == 1 and self._codes else int(any(self._codes))
 
-    def _results(self, inputs: list[Input], sink: Sink) -> Iterator[Summary | Failure]:
+    def _results(self, inputs: list[Input], sink: Sink, stack: ExitStack) -> Iterator[Summary | Written | Failure]:
         """Summaries and failures, as the sink wants them; without a document to read no model is loaded."""
         documents = self._documents(inputs, sink)
         for document in documents:
             if isinstance(document, Failure):
                 yield document
                 continue
-            summarizer = self._load(sink)
+            summarizer = self._load(sink, stack)
             rest = chain([document], documents)
             ordered = not isinstance(sink, FolderSink)
             together = self._total > 1 and not isinstance(self._view, Stream)
@@ -98,6 +109,9 @@ class Run:
     def _documents(self, inputs: list[Input], sink: Sink) -> Iterator[Document | Failure]:
         """The documents that the sink wants, read one at a time."""
         for item in inputs:
+            if not self._choices.holds(item):
+                sink.passes(item)
+                continue
             if not sink.wants(item):
                 self._skipped += 1
                 self._view.skipped()
@@ -108,7 +122,7 @@ class Run:
             except Exception as error:
                 yield failure(error, item.place, item.source, self._settings)
 
-    def _take(self, result: Summary | Failure, sink: Sink, reference: str | None) -> None:
+    def _take(self, result: Summary | Written | Failure, sink: Sink, reference: str | None) -> None:
         """Writes a result and says what it cost, or why there is none."""
         failed = isinstance(result, Failure)
         record = result.record()
@@ -140,24 +154,30 @@ class Run:
             if self._total == 1:
                 self._console.note(f"budget: {event.budget.echo()}")
         if isinstance(event, Notice):
-            self._console.detail(event.text)
+            say = self._console.warn if isinstance(event, Warned) else self._console.detail
+            say(event.text)
             return
         self._view.hear(event)
 
-    def _load(self, sink: Sink) -> Summarizer:
-        """The model; then the view, which needs the terminal for itself."""
-        summarizer = load_summarizer(self._console, self._settings)
-        self._view = self._make_view(sink)
+    def _load(self, sink: Sink, stack: ExitStack) -> Summarizer | Pool:
+        """The model, or the workers that have it; then the view, which needs the terminal for itself."""
+        summarizer: Summarizer | Pool
+        if self._choices.placement.spread:
+            summarizer = stack.enter_context(self._choices.placement.pool(self._settings))
+            start_pool(self._console, summarizer, self._settings)
+        else:
+            summarizer = load_summarizer(self._console, self._settings)
+        self._view = self._make_view(sink, getattr(summarizer, "workers", 1))
         return summarizer
 
-    def _make_view(self, sink: Sink) -> View:
+    def _make_view(self, sink: Sink, workers: int) -> View:
         console, choices = self._console, self._choices
         text_on_terminal = isinstance(sink, StreamSink) and console.stdout_is_terminal
         wanted = console.stderr_is_terminal and not text_on_terminal and not console.quiet
         if choices.panel or (choices.panel is None and wanted):
             from auvsum.ui.panel import Panel
 
-            panel = Panel(console.rich(), self._total)
+            panel = Panel(console.rich(), self._total, workers)
             panel.state.skipped = self._skipped
             panel.state.failed = len(self._codes)
             console.panel = panel
@@ -168,7 +188,8 @@ class Run:
 
     @property
     def _one_at_a_time(self) -> bool:
-        return self._total == 1 or self._settings.batch_size in ("1", "auto")
+        alone = self._total == 1 or self._settings.batch_size in ("1", "auto")
+        return alone and not self._choices.placement.spread
 
     def _close_view(self) -> None:
         self._console.panel = None
@@ -180,7 +201,7 @@ class Run:
             settings = settings_key(
                 self._settings, format=choices.format, encoding=choices.reading.encoding, pages=choices.reading.pages
             )
-            return FolderSink(choices.output_dir, choices.format, settings, choices.force)
+            return FolderSink(choices.output_dir, choices.format, settings, choices.force, choices.shard)
         if choices.output is not None:
             return FileSink(choices.output, choices.format, titled)
         return StreamSink(self._console, choices.format, titled)
@@ -207,6 +228,14 @@ def load_summarizer(console: Console, settings: Settings) -> Summarizer:
         summarizer = Summarizer.from_settings(settings)
     console.note(f"{summarizer.loaded.name}: loaded in {summarizer.loaded.load_seconds:.1f} s")
     return summarizer
+
+
+def start_pool(console: Console, pool: Pool, settings: Settings) -> None:
+    """Waits until the first of the workers has the model."""
+    workers = f"{pool.workers} worker{'s' * (pool.workers > 1)}"
+    with console.status(f"loading {settings.model}, {workers}"):
+        first = pool.start(lambda event: console.warn(event.text) if isinstance(event, Warned) else None)
+    console.note(f"{first.name}: {workers}, the first loaded in {first.load_seconds:.1f} s")
 
 
 def cost_line(record: dict[str, Any]) -> str:

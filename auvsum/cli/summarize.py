@@ -12,7 +12,8 @@ from auvsum.cli.preview import preview
 from auvsum.cli.run import Choices, Reading, Run
 from auvsum.config import Settings, load_settings
 from auvsum.errors import UsageError
-from auvsum.io.inputs import Input, Selection, expand, read_names
+from auvsum.io.inputs import Input, Selection, Shard, expand, read_names
+from auvsum.scale.placement import Placement
 from auvsum.text.templates import load_template
 from auvsum.ui.console import Console
 
@@ -50,6 +51,7 @@ def command(
     include: options.Include = None,
     exclude: options.Exclude = None,
     hidden: options.Hidden = False,
+    shard: options.Shard = None,
     timeout: options.Timeout = None,
     batch_size: options.BatchSize = None,
     budget: options.Budget = None,
@@ -63,6 +65,10 @@ def command(
     model: options.Model = None,
     download: options.Download = None,
     device: options.Device = None,
+    devices: options.Devices = None,
+    engine: options.Placed = options.Where.local,
+    address: options.Address = None,
+    workers: options.Workers = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     temperature: options.Temperature = None,
@@ -91,6 +97,7 @@ def command(
       find . -name '*.txt' -print0 | auvsum summarize -0 --files-from - -O out/
       auvsum summarize report.txt --instruction "List the decisions."
       auvsum summarize reports/ --dry-run
+      auvsum summarize reports/ -O summaries/ --devices all
     """
     console = Console(color.value, quiet, verbose, debug)
 
@@ -114,9 +121,12 @@ def command(
         inputs = _inputs(files or [], files_from, null, selection)
         if score is not None and len(inputs) != 1:
             raise UsageError(f"--score compares one document, not {len(inputs)}", "name a single file")
+        part = None if shard is None else Shard.parse(shard)
         if dry_run or show_prompt:
-            return preview(console, settings, inputs, reading, format.value, show_prompt)
-        choices = Choices(format.value, output, output_dir, force, reading, score, panel)
+            mine = [item for item in inputs if part is None or part.holds(item)]
+            return preview(console, settings, mine, reading, format.value, show_prompt)
+        placement = Placement(devices, engine.value, address, workers)
+        choices = Choices(format.value, output, output_dir, force, reading, score, panel, part, placement)
         return Run(console, settings, choices).all(inputs)
 
     return guarded(console, work)

@@ -28,7 +28,7 @@ from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.engine.fuse import fuse
 from auvsum.engine.graph import NOT_FINITE, RESTS, DecodeGraph, why_not
-from auvsum.engine.memory import MOST_ROWS, cache_shape, is_out_of_memory, release_memory, rows_that_fit
+from auvsum.engine.memory import MOST_ROWS, cache_shape, devices_of, is_out_of_memory, release_memory, rows_that_fit
 from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
 from auvsum.errors import DocumentError, DocumentTimeout, GenerationFailed, PolicyError
@@ -341,6 +341,8 @@ class Engine:
 
     def _graph_for(self, cache: AnyCache, longest: int) -> tuple[DecodeGraph | None, str | None]:
         """The captured decode step, or why there is none."""
+        if len(devices := devices_of(self.model)) > 1:
+            return None, f"the model is spread over {len(devices)} devices"
         if self.device.type == "cuda":
             shape, dtype = cache_shape(self.model), self.model.dtype
             cache.allocate(kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=dtype, device=self.device)

@@ -42,6 +42,15 @@ def choose_device(device: str = "auto") -> torch.device:
     return chosen
 
 
+def choose_devices(device: str = "auto") -> list[torch.device]:
+    """As `choose_device`; several for `cuda:0+cuda:1`, a model over both.
+
+    Raises:
+        DeviceError: see there.
+    """
+    return [choose_device(name) for name in dict.fromkeys(device.split("+"))]
+
+
 def choose_dtype(dtype: str, device: torch.device, checkpoint: torch.dtype | None) -> torch.dtype:
     """`auto`, or one of `bf16`, `fp16`, `fp32`.
 

@@ -41,6 +41,16 @@ def free_bytes(device: torch.device) -> int:
     return 4 * 2**30
 
 
+def devices_of(model: Any) -> list[torch.device]:
+    """The devices of a model's weights, in the order in which it uses them."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+def free_over(devices: Sequence[torch.device]) -> int:
+    """Bytes that caches may take of a model spread over devices: they share it evenly, so the fullest one decides."""
+    return len(devices) * min(free_bytes(device) for device in devices)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in main memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -93,7 +103,7 @@ def rows_that_fit(
     if policy.by_head:  # which holds all of a prompt until it has chosen
         prompt_bytes += max(len(request.ids) for request in requests) * shape.token_bytes
     kind = model.device.type
-    free = free_bytes(model.device)
+    free = free_over(devices_of(model))
     if kind == "cpu":
         # Weights that are mapped from their file count as available to the kernel, and are needed all the same.
         free -= sum(parameter.nbytes for parameter in model.parameters())

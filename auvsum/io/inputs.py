@@ -1,12 +1,14 @@
 """What people name on the command line -> the files it stands for, in a stable order, each once.
 
 Files, folders (read recursively), patterns (`notes/**/*.md`, where the shell leaves them alone), `-`, lists of names.
+A `Shard` is one machine's part of them.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import glob
+import hashlib
 import os
 import re
 import sys
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from auvsum.errors import ConfigError, DocumentNotFound
+from auvsum.errors import ConfigError, DocumentNotFound, UsageError
 from auvsum.text.readers import document_id
 
 
@@ -60,6 +62,38 @@ class Selection:
         """Whether a folder is to be looked into (or a file not excluded)."""
         name = PurePosixPath(place).name
         return (self.hidden or not name.startswith(".")) and not _matches(place, self.exclude)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` of `of`, counted from 1. Every document is in exactly one part, on every machine the same one."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """`3/8`.
+
+        Raises:
+            UsageError: anything else.
+        """
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
+        if match is None:
+            raise UsageError(f"shard {text!r} is not understood", "write --shard 3/8 for the third of eight parts")
+        number, of = int(match[1]), int(match[2])
+        if not 1 <= number <= of:
+            hint = f"the parts of {of} are 1/{of} to {of}/{of}" if of else "there must be at least one part"
+            raise UsageError(f"shard {text!r} does not exist", hint)
+        return cls(number, of)
+
+    def holds(self, item: Input) -> bool:
+        """Whether a document is in this part: by its name below the folder that was named, and by nothing else."""
+        digest = hashlib.sha256(os.fsencode(item.place)).digest()
+        return int.from_bytes(digest[:8], "big") % self.of == self.number - 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 def expand(names: Iterable[str], selection: Selection | None = None, listed: bool = False) -> list[Input]:

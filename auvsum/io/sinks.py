@@ -1,6 +1,7 @@
 """Where summaries go: standard output, one file, or a folder that mirrors what was read.
 
-A sink is asked first whether a document is wanted (`wants`), and given its record at the end (`write`).
+A sink is asked first whether a document is wanted (`wants`), and given its record at the end (`write`). Of a document
+that another shard does it is only told (`passes`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from auvsum.errors import OutputError
 from auvsum.io.atomic import PARTIAL, append_whole, sync_folder, unwritable, write_whole
-from auvsum.io.inputs import Input
+from auvsum.io.inputs import Input, Shard
 from auvsum.io.manifest import HIDDEN, INDEX, Manifest, document_key
 from auvsum.io.render import SUFFIXES, encode, render
 from auvsum.ui.console import Console
@@ -29,6 +30,7 @@ class Sink(Protocol):
     """A place for summaries. `write` raises `OutputError` when there is no going on."""
 
     def wants(self, item: Input) -> bool: ...
+    def passes(self, item: Input) -> None: ...
     def write(self, record: dict[str, Any]) -> None: ...
     def __enter__(self) -> Sink: ...
     def __exit__(
@@ -47,6 +49,9 @@ class StreamSink:
 
     def wants(self, item: Input) -> bool:
         return True
+
+    def passes(self, item: Input) -> None:
+        pass
 
     def title(self, name: str) -> str:
         """What stands before a document's text."""
@@ -81,6 +86,9 @@ class FileSink:
 
     def wants(self, item: Input) -> bool:
         return True
+
+    def passes(self, item: Input) -> None:
+        pass
 
     def write(self, record: dict[str, Any]) -> None:
         text = render(record, self._format)
@@ -129,15 +137,18 @@ class FolderSink:
 
     Args:
         settings: hash of the settings (`manifest.settings_key`). force: want everything.
+        shard: the part of the documents that this run does, where others do the rest.
     """
 
-    def __init__(self, folder: Path, format: str, settings: str, force: bool = False) -> None:
+    def __init__(
+        self, folder: Path, format: str, settings: str, force: bool = False, shard: Shard | None = None
+    ) -> None:
         self._folder = folder
         self._format = format
         self._settings = settings
         self._force = force
         self._places = Places(SUFFIXES[format])
-        self._manifest = Manifest(folder)
+        self._manifest = Manifest(folder, shard)
         #: Output and key by source, of the documents that are wanted and not written yet.
         self._wanted: dict[str, tuple[str, str]] = {}
         self._seen: set[str] = set()
@@ -158,6 +169,12 @@ class FolderSink:
             return False
         self._wanted[item.source] = (output, key)
         return True
+
+    def passes(self, item: Input) -> None:
+        # Its output's name is taken: where two names collide, all shards must tell them apart in the same way.
+        if item.source not in self._seen:
+            self._seen.add(item.source)
+            self._places.of(item.place)
 
     def write(self, record: dict[str, Any]) -> None:
         output, key = self._wanted.pop(record["source"])

@@ -65,10 +65,11 @@ class State:
     """What the panel knows, from events alone.
 
     Args:
-        total: documents in all. clock: seconds, for the tests.
+        total: documents in all. workers: how many read at the same time. clock: seconds, for the tests.
     """
 
     total: int
+    workers: int = 1
     clock: Callable[[], float] = time.monotonic
     done: int = 0
     failed: int = 0
@@ -120,7 +121,11 @@ class State:
 
     @property
     def reading_speed(self) -> float:
-        """Prompt tokens a second, while reading, of late."""
+        """Prompt tokens a second of late: while reading, or of several workers together."""
+        if self.workers > 1:
+            recent = [(at, tokens) for at, tokens, _ in self._reads if self.clock() - at <= _WINDOW]
+            passed = recent[-1][0] - recent[0][0] if recent else 0.0
+            return sum(tokens for _, tokens in recent[1:]) / passed if passed > 0 else 0.0
         seconds = sum(took for _, _, took in self._reads)
         return sum(tokens for _, tokens, _ in self._reads) / seconds if seconds > 0 else 0.0
 
@@ -142,11 +147,11 @@ class Panel:
     """Draws a `State` on stderr.
 
     Args:
-        console: a Rich console on stderr. total: documents in all.
+        console: a Rich console on stderr. total: documents in all. workers: see `State`.
     """
 
-    def __init__(self, console: RichConsole, total: int) -> None:
-        self.state = State(total)
+    def __init__(self, console: RichConsole, total: int, workers: int = 1) -> None:
+        self.state = State(total, workers)
         self._console = console
         # Rich draws from a thread of its own.
         self._lock = threading.RLock()

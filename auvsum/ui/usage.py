@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process; its peak where the system tells no more."""
+    """Resident memory of this process and its workers; of this one its peak where the system tells no more."""
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) for pid in _family())
     except (OSError, IndexError, ValueError):
         import resource
 
@@ -22,20 +23,29 @@ def resident_bytes() -> int:
 
 
 def gpu_bytes() -> int | None:
-    """Memory of all GPUs that this process holds; `None` without NVML."""
+    """Memory of all GPUs that this process and its workers hold; `None` without NVML."""
     nvml = _nvml()
     if nvml is None:
         return None
-    mine = os.getpid()
+    mine = _family()
     total = 0
     try:
         for number in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(number)
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                total += (process.usedGpuMemory or 0) if process.pid == mine else 0
+                total += (process.usedGpuMemory or 0) if process.pid in mine else 0
     except nvml.NVMLError:
         return None
     return total
+
+
+def _family() -> set[int]:
+    """This process and those that it started."""
+    family = {os.getpid()}
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            family |= {int(pid) for pid in children.read_text(encoding="ascii").split()}
+    return family
 
 
 @cache

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-HEAVY = ("torch", "transformers", "numpy", "bert_score", "rouge_score", "matplotlib", "charset_normalizer", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "bert_score",
+    "rouge_score",
+    "matplotlib",
+    "charset_normalizer",
+    "rich",
+    "ray",
+)
 
 
 @pytest.mark.parametrize(
