@@ -1,10 +1,10 @@
 """Layers that keep their books together: what a policy does in a decode step, done once for all of them.
 
-On a CPU the forty small operations of AUV's bookkeeping cost more to call than to compute, and they were called for every
-layer. Nothing of them is needed before the next token: a layer's attention needs only which slot its token takes. So the
-stores of like layers share one memory in which row `layer * B + b` is row `b` of a layer; `place` is asked once before
-the first layer, and behind the last one the probabilities of all layers are computed again, in one product, and observed
-once. Policies see a store with more rows and notice nothing. The attention itself is the library's fused one.
+On a CPU the forty small operations of AUV's bookkeeping cost more to call than to compute, and they were called for
+every layer. Nothing of them is needed before the next token: a layer's attention needs only which slot its token takes.
+So the stores of like layers share one memory in which row `layer * B + b` is row `b` of a layer; `place` is asked once
+before the first layer, and behind the last one the probabilities of all layers are computed again, in one product, and
+observed once. Policies see a store with more rows and notice nothing. The attention itself is the library's fused one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Books:
             self._queries, self._seen = [], []
             at = policy.place(self.whole)
             self.whole.enter(at)
-            self._at = at.split(at.shape[0] // len(self.stores))
+            self._at = torch.split(at, at.shape[0] // len(self.stores))
             self._mask = self._hide(key.dtype) if self.recalls else ()
             for store in self.stores:
                 store.decoded()
@@ -70,7 +70,7 @@ class Books:
         if bool(valid.all()):
             return (None,) * len(self.stores)
         mask = torch.zeros(valid.shape, dtype=dtype).masked_fill_(~valid, -torch.inf)[:, :, None]
-        return mask.split(mask.shape[0] // len(self.stores))
+        return torch.split(mask, mask.shape[0] // len(self.stores))
 
     def attend(self, policy: Policy, number: int, query: Tensor, scale: float) -> Tensor:
         """A layer's attention `[B, G, R, D]` over its slots; behind the last layer the policy observes all of them.
