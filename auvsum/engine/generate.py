@@ -25,7 +25,7 @@ from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.engine.fuse import fuse
 from auvsum.engine.graph import NOT_FINITE, RESTS, DecodeGraph, why_not
-from auvsum.engine.lean import lean_step
+from auvsum.engine.lean import lean_step, straighten_head
 from auvsum.engine.memory import cache_shape, is_out_of_memory, release_memory, rows_that_fit
 from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
@@ -123,6 +123,7 @@ class Engine:
         self.device: torch.device = next(model.parameters()).device
         self.windows = layer_windows(model.config)
         model.set_attn_implementation("auvsum")
+        straighten_head(model)
         self.lean = lean_step(model)
         self._told: dict[int, int] = {}
         self._noticed: set[str] = set()

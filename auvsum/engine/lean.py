@@ -41,6 +41,23 @@ def lean_step(model: Any) -> Step | None:
     return step
 
 
+def straighten_head(model: Any) -> None:
+    """Spares a prompt a copy of the whole output head.
+
+    transformers hands the head a slice `[1, 1, D]` of the prompt's states. By its strides torch takes it for a batch,
+    and copies the transposed head before it multiplies: 0.1 s a chunk and more for a vocabulary of 50,000 on a CPU.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and head.weight.device.type == "cpu" and not hasattr(head, "auvsum_straight"):
+        head.register_forward_pre_hook(_straight)
+        head.auvsum_straight = True
+
+
+def _straight(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = arguments
+    return (x.reshape(-1, x.shape[-1]).view(x.shape),)
+
+
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +69,14 @@ def _product(*layers: Any) -> Product:
         scale = _packed(layers, "scale")
         assert scale is not None
         return lambda x: int8_product(x, weight, scale, bias)
-    return lambda x: functional.linear(x, weight, bias)
+
+    def product(x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            return functional.linear(x, weight, bias)
+        # In bf16 up to 1.5 times as fast for one row: it streams the weights as they lie, oneDNN arranges them first.
+        return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
+
+    return product
 
 
 def _packed(layers: Sequence[Any], name: str) -> Tensor | None:
