@@ -142,6 +142,7 @@ class Summary:
             },
             "settings": {
                 "dtype": str(self.loaded.dtype).removeprefix("torch."),
+                "weights": self.loaded.weights,
                 "device": str(self.loaded.device),
                 "batch_size": self.batch_size,
                 "seed": self.settings.seed,
@@ -186,6 +187,7 @@ class Summarizer:
             settings.model,
             device=settings.device,
             dtype=settings.dtype,
+            weights=settings.weights,
             threads=settings.threads,
             download=settings.download,
         )

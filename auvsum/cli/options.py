@@ -67,6 +67,7 @@ Encoding = Annotated[str | None, _option("Encoding of the files; otherwise detec
 
 Device = Annotated[str | None, _option("auto, cpu, cuda or cuda:1.", metavar="NAME")]
 Dtype = Annotated[str | None, _option("auto, bf16, fp16 or fp32.", metavar="NAME")]
+Weights = Annotated[str | None, _option("auto, bf16 or int8 (CPU: half the memory, faster).", metavar="NAME")]
 Threads = Annotated[int | None, _option("CPU threads.", metavar="N")]
 Temperature = Annotated[float | None, _option("0 takes the likeliest token each time.", metavar="X")]
 TopP = Annotated[float | None, _option("Sample from the likeliest tokens up to this probability.", metavar="X")]

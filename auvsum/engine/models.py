@@ -46,6 +46,7 @@ class LoadedModel:
         max_positions: the most tokens, prompt and summary together, that it can tell apart; None without a limit.
         shape: what one token costs in its full cache.
         eos_ids: every token that ends its text.
+        weights: `bf16` where they are as `dtype` says, or `int8`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     load_seconds: float
+    weights: str = "bf16"
 
 
 def load(
@@ -66,6 +68,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str = "auto",
     threads: int | None = None,
     download: bool = False,
     progress: Progress = silent,
@@ -76,6 +79,7 @@ def load(
         name: a folder, a short name or a hub id; the default model without it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
+        weights: `auto`, `bf16` (as `dtype` says) or `int8`.
         threads: CPU threads; torch's own choice without it.
         download: whether the model may be fetched if it is not here.
         progress: hears one line at the start of anything that takes long.
@@ -92,10 +96,13 @@ def load(
     _env.prepare()
     import torch
 
+    from auvsum.engine.weights import quantize_weights
+
     if threads is not None:
         torch.set_num_threads(threads)
     where = hardware.choose_device(device)
     kind = hardware.choose_dtype(dtype, where, _stored_dtype(checkpoint.read_config(path)))
+    held = hardware.choose_weights(weights, where)
     model, tokenizer = _read(name, path, kind)
     try:
         model = model.to(where).eval().requires_grad_(False)
@@ -103,6 +110,8 @@ def load(
         raise DeviceError(
             f"{name} does not fit into the free memory of {where}", "use a smaller model, or --device cpu"
         ) from error
+    if held == "int8":
+        quantize_weights(model)
     return LoadedModel(
         name=name,
         path=path,
@@ -115,6 +124,7 @@ def load(
         device=where,
         dtype=kind,
         load_seconds=time.perf_counter() - start,
+        weights=held,
     )
 
 
