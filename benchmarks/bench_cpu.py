@@ -4,9 +4,9 @@
     python benchmarks/bench_cpu.py --only decode,bookkeeping
     python benchmarks/bench_cpu.py --gguf model.gguf --out benchmarks/results/cpu.json
 
-Sections: `decode` (OPT-125m's shape, a prompt read at once and streamed), `document` (the default model, a long document
-end to end), `large` (OPT-1.3b's shape, one process an engine, for its memory), `batch`, `bookkeeping`. Peers are
-transformers, CTranslate2 (`pip install ctranslate2`; a random checkpoint is converted) and llama.cpp
+Sections: `decode` (OPT-125m's shape, a prompt read at once and streamed), `document` (the default model, a long
+document end to end), `large` (OPT-1.3b's shape, one process an engine, for its memory), `batch`, `bookkeeping`. Peers
+are transformers, CTranslate2 (`pip install ctranslate2`; a random checkpoint is converted) and llama.cpp
 (`pip install llama-cpp-python`, `--gguf` with the default model's weights); who is not installed is said to be so.
 """
 
@@ -295,35 +295,40 @@ def bookkeeping(options: argparse.Namespace, folder: Path) -> list[dict[str, Any
         "default model bf16": load(device="cpu").model,
         "default model int8": load(device="cpu", weights="int8").model,
     }
-    cases: dict[str, Callable[[], Run]] = {}
-    for name, model in models.items():
-        model.generation_config.eos_token_id = None
-        ids = draw(model.config, 200)
-        for what, policy in (("AUV", AUV()), ("no books", Bare())):
-
-            def case(model: Any = model, policy: Any = policy, ids: list[int] = ids) -> Run:
-                run = Run()
-                # 75 slots are AUV's 25 * 3, and one more holds its reconstructed token: evictions come every 25 steps.
-                for event in Engine(model, policy).run([Request(ids, 75 + policy.reconstruct, 76)]):
-                    if isinstance(event, Token):
-                        run.tick()
-                return run
-
-            cases[f"{name}, {what}"] = case
-    results, _ = common.interleave(cases, options.repetitions)
     found: list[dict[str, Any]] = []
-    for name in models:
-        # Each round's two runs are neighbours: the median of their ratios is steadier than the ratio of medians.
-        pairs = zip(results[f"{name}, AUV"], results[f"{name}, no books"], strict=True)
-        ratio = common.median([_step(ours) / _step(bare) for ours, bare in pairs])
-        rate = common.median([run.decode_rate for run in results[f"{name}, AUV"]])
-        found.append({"engine": name, "decode_tokens_per_s": round(rate, 2), "step_against_no_books": round(ratio, 4)})
+    for name, model in models.items():
+        ids = draw(model.config, 200)
+        steps: tuple[list[list[float]], list[list[float]]] = ([], [])
+        for _ in range(options.repetitions + 1):
+            # 75 slots are AUV's 25 * 3, and one more holds its reconstructed token: evictions come every 25 steps.
+            runs = [
+                Engine(model, policy).run([Request(ids, 75 + policy.reconstruct, 54)]) for policy in (AUV(), Bare())
+            ]
+            for taken, times in zip(steps, _turns(runs, Token), strict=True):
+                taken.append(times)
+        # The fastest of each step's repetitions: a busy moment of the machine is not bookkeeping, an eviction is.
+        with_books, without = (sum(min(times) for times in zip(*taken, strict=True)) for taken in steps)
+        found.append(
+            {
+                "engine": name,
+                "step_ms": round(1000 * with_books / 52, 3),
+                "step_against_no_books": round(with_books / without, 4),
+            }
+        )
     return found
 
 
-def _step(run: Run) -> float:
-    """Seconds a token."""
-    return 1 / run.decode_rate
+def _turns(runs: list[Any], token: type) -> list[list[float]]:
+    """Seconds of each decode step of engines that take turns, step by step."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for run in runs:  # the prompt, and its first token
+        next(event for event in run if isinstance(event, token))
+    for _ in range(52):
+        for run, times in zip(runs, seconds, strict=True):
+            started = time.perf_counter()
+            next(event for event in run if isinstance(event, token))
+            times.append(time.perf_counter() - started)
+    return seconds
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
