@@ -49,7 +49,7 @@ def run(
     summarizer: Summarizer,
     documents: Iterable[Document | Failure],
     *,
-    batch_size: int = 1,
+    batch_size: int | None = 1,
     ordered: bool = True,
     on_event: Listener | None = None,
 ) -> Iterator[Summary | Failure]:
@@ -95,12 +95,14 @@ class _Together:
     """Continuous batching: the engine asks for the next document when a row is free for it."""
 
     def __init__(
-        self, summarizer: Summarizer, documents: Iterable[Document | Failure], size: int, hear: Listener
+        self, summarizer: Summarizer, documents: Iterable[Document | Failure], size: int | None, hear: Listener
     ) -> None:
         self._summarizer = summarizer
         self._incoming = enumerate(documents)
         self._size = size
         self._hear = hear
+        #: Measured once: what a run itself holds must not change the budgets of its later documents.
+        self._free = summarizer.free_bytes()
         #: The next document, planned, when it needs another engine than the one that runs.
         self._next: tuple[int, Document, Plan] | None = None
         self._failed: list[tuple[int, Failure]] = []
@@ -120,8 +122,9 @@ class _Together:
     def _engine_run(self, plan: Plan) -> Iterator[tuple[int, Summary | Failure]]:
         """Writes documents as long as they are planned like this one."""
         self._flying = {}
+        engine = self._summarizer.engine(plan, self._size)
         try:
-            for event in self._summarizer.engine(plan, self._size).run(self._requests(plan.engine_key)):
+            for event in engine.run(self._requests(plan.engine_key)):
                 if isinstance(event, Notice):
                     self._hear(event)
                     continue
@@ -137,6 +140,7 @@ class _Together:
                         self._hear(Text(index, piece))
                     if isinstance(event, Finished):
                         del self._flying[event.request]
+                        writing.summary.batch_size = engine.rows
                         self._summarizer.finish(writing.summary, document.text, document.pages)
                         yield index, writing.summary
                 yield from self._drain()
@@ -156,7 +160,7 @@ class _Together:
 
             index, document, plan = upcoming
             self._next = None
-            writing = Writing(self._summarizer, plan, document.id, document.source, self._size)
+            writing = Writing(self._summarizer, plan, document.id, document.source)
             writing.summary.warnings[:0] = document.warnings
             self._flying[number] = (index, document, writing)
             self._hear(writing.started(index))
@@ -173,7 +177,7 @@ class _Together:
                 self._failed.append((index, document))
                 continue
             try:
-                self._next = index, document, self._summarizer.plan(document.text)
+                self._next = index, document, self._summarizer.plan(document.text, free=self._free)
             except Exception as error:
                 failed = failure(error, document.id, document.source, self._summarizer.settings)
                 self._failed.append((index, failed))

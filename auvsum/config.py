@@ -47,7 +47,7 @@ class Settings:
         max_tokens: the most new tokens; `None` lets the requested length decide.
         repetition_penalty: how strongly tokens that the summary already has are discouraged; 1 is not at all.
         template: `auto`, `chat`, `completion`, or the path of a YAML template.
-        batch_size: documents decoded together, or `auto`. timeout: seconds a document may take.
+        batch_size: documents written together, or `auto`: what free memory holds. timeout: seconds a document may take.
 
     Raises:
         ConfigError, BudgetError: when a value makes no sense; one line that names the setting.
@@ -171,7 +171,9 @@ def _config_files(config_path: Path | None, env: Mapping[str, str], cwd: Path) -
     local = config_path or cwd / "auvsum.yaml"
     if config_path is not None and not config_path.is_file():
         raise ConfigError(f"configuration {config_path} is not a file", "check the path given to --config")
-    return [path for path in (home / "auvsum" / "config.yaml", local) if path.is_file()]
+    # What may not even be looked at (the home of another user) is as good as not there: `os.path`, for it is an error
+    # to `pathlib`.
+    return [path for path in (home / "auvsum" / "config.yaml", local) if os.path.isfile(path)]
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -33,8 +33,6 @@ BEYOND = "map-reduce"
 WINDOW = 2048
 #: Summaries of windows may not grow past this share of what they summarize: each round must shorten the text.
 _SHRINK = 4
-#: Windows written together.
-_BATCH = 8
 _APPROXIMATION = "an approximation: --strategy map-reduce reads each part at its own positions"
 
 
@@ -235,8 +233,8 @@ def _map(
     plans = [mapper.plan(window.text) for window in windows]
     total, done = sum(plan.prompt_tokens for plan in plans), 0
     texts: dict[int, str] = {}
-    batch = min(_BATCH, len(plans))
-    for event in mapper.engine(plans[0], batch).run([mapper.request(plan) for plan in plans]):
+    engine = mapper.engine(plans[0], mapper.batch_size)
+    for event in engine.run([mapper.request(plan) for plan in plans]):
         if isinstance(event, PrefillProgress) and event.done_tokens == event.total_tokens:
             done += event.total_tokens
             if on_event:
@@ -248,8 +246,8 @@ def _map(
             cost.prefill_peak = max(cost.prefill_peak, event.prefill_peak_bytes)
         elif isinstance(event, Finished):
             texts[event.request] = mapper.text_of(event.token_ids)
-            cost.decode = cost.decode + event.decode_seconds / batch
-            cost.held = max(cost.held, event.kv_bytes * batch)
+            cost.decode = cost.decode + event.decode_seconds / engine.rows
+            cost.held = max(cost.held, event.kv_bytes * engine.rows)
             cost.tokens += len(event.token_ids)
     yield from (texts.get(i, "") for i in range(len(plans)))
 

@@ -18,7 +18,7 @@ from auvsum.cache.policy import Policy, make_policy
 from auvsum.cache.sliding import SlidingWindow
 from auvsum.config import Settings
 from auvsum.engine.generate import Engine, Request
-from auvsum.engine.memory import free_bytes
+from auvsum.engine.memory import MOST_ROWS, free_bytes, rows_that_fit
 from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
@@ -164,10 +164,27 @@ class Summarizer:
         self.policy = _policy(settings)
 
     @property
-    def batch_size(self) -> int:
-        """Documents written together. `auto` is 1: a CPU gains little, and memory is the tighter."""
+    def batch_size(self) -> int | None:
+        """Documents written together; None takes as many as free memory holds, up to `engine.memory.MOST_ROWS`.
+
+        `auto` is 1 beside a time limit: together, documents wait for each other, and more of them would miss it.
+        """
         asked = self.settings.batch_size
-        return 1 if asked == "auto" else int(asked)
+        if asked == "auto":
+            return None if self.settings.timeout is None else 1
+        return int(asked)
+
+    def together(self, plan: Plan, documents: int) -> int:
+        """How many of that many documents, all planned like this one, would be written together now."""
+        if self.batch_size is not None:
+            return min(self.batch_size, documents)
+        requests = [self.request(plan)] * min(documents, MOST_ROWS[self.loaded.device.type])
+        chunk = self.settings.chunk if plan.strategy == "stream" else None
+        return rows_that_fit(self.loaded.model, plan.policy, requests, chunk)
+
+    def free_bytes(self) -> int:
+        """Free memory of the device, now."""
+        return free_bytes(self.loaded.device)
 
     @classmethod
     def from_pretrained(cls, model: str | None = None, **settings: Any) -> Summarizer:
@@ -193,8 +210,11 @@ class Summarizer:
         )
         return cls(loaded, settings)
 
-    def plan(self, text: str) -> Plan:
+    def plan(self, text: str, *, free: int | None = None) -> Plan:
         """Decides everything about a document that can be decided before reading it.
+
+        Args:
+            free: bytes of free memory that the budget `auto` looks at; what is free now without it.
 
         Raises:
             DocumentEmpty, DocumentTooLong: the document cannot be read (whole). BudgetError: the budget is too small.
@@ -218,8 +238,9 @@ class Summarizer:
         if strategy == "stream":
             self.policy.refuse_chunks()
         over = self._over(prompt, max_new_tokens)
+        free = self.free_bytes() if free is None else free
         if strategy != "single":
-            return self._plan_long(text, prompt, max_new_tokens, strategy, over)
+            return self._plan_long(text, prompt, max_new_tokens, strategy, over, free)
         cut = 0
         if over:
             prompt, cut = truncate_document(prompt, (self.loaded.max_positions or 0) - max_new_tokens)
@@ -228,11 +249,11 @@ class Summarizer:
                 f"the last {cut:,} of {document_tokens:,} document tokens were cut to fit the model's "
                 f"{self.loaded.max_positions:,} positions"
             )
-        policy, budget = self._budget(len(prompt.ids), max_new_tokens)
+        policy, budget = self._budget(len(prompt.ids), max_new_tokens, free)
         warnings += _budget_warnings(policy, budget)
         return Plan(prompt, document_tokens, cut, max_new_tokens, strategy, policy, budget, tuple(warnings))
 
-    def _plan_long(self, text: str, prompt: Prompt, max_new_tokens: int, strategy: str, over: bool) -> Plan:
+    def _plan_long(self, text: str, prompt: Prompt, max_new_tokens: int, strategy: str, over: bool, free: int) -> Plan:
         """The plan of a document that is streamed, or read in windows."""
         settings, loaded = self.settings, self.loaded
         parts: tuple[Part, ...] = ()
@@ -241,15 +262,15 @@ class Summarizer:
             number = len(strategies.cut_windows(text, how.room, loaded.tokenizer))
             warnings = strategies.explain(strategy, prompt, loaded, settings, number)
             frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
-            policy, budget = self._budget(min(len(prompt.ids), how.room + frame), max_new_tokens)
+            policy, budget = self._budget(min(len(prompt.ids), how.room + frame), max_new_tokens, free)
         elif over:
             policy = strategies.must_evict(self.policy)
             most = strategies.stream_slots(loaded, settings.chunk, max_new_tokens)
-            budget = self._resolve(policy, len(prompt.ids), max_new_tokens, most)
+            budget = self._resolve(policy, len(prompt.ids), max_new_tokens, free, most)
             parts, warning = strategies.stream_parts(prompt, max_new_tokens, settings.chunk, loaded, policy, budget)
             warnings = [warning]
         else:
-            policy, budget = self._budget(len(prompt.ids), max_new_tokens)
+            policy, budget = self._budget(len(prompt.ids), max_new_tokens, free)
             warnings = []
         warnings += _budget_warnings(policy, budget)
         tokens = prompt.document[1] - prompt.document[0]
@@ -259,8 +280,8 @@ class Summarizer:
         """The same model with other settings."""
         return Summarizer(self.loaded, settings)
 
-    def engine(self, plan: Plan, batch_size: int = 1) -> Engine:
-        """The engine for documents that are planned like this one: see `Plan.engine_key`."""
+    def engine(self, plan: Plan, batch_size: int | None = 1) -> Engine:
+        """The engine for documents that are planned like this one: see `Plan.engine_key` and `batch_size`."""
         settings = self.settings
         return Engine(
             self.loaded.model,
@@ -339,6 +360,7 @@ class Summarizer:
         documents: Iterable[Document | Failure],
         *,
         ordered: bool = True,
+        together: bool = True,
         on_event: Callable[[Event], None] | None = None,
     ) -> Iterator[Summary | Failure]:
         """Summarizes many documents, `batch_size` of them together; one that fails does not stop the others.
@@ -346,11 +368,13 @@ class Summarizer:
         Args:
             documents: taken lazily; a `Failure` among them (a file that could not be read) is passed on.
             ordered: results in the order of the documents; otherwise each as soon as it is there.
+            together: False writes one document after the other all the same, so that their events do not mix.
             on_event: hears every event; its `request` is the document's index.
         """
         from auvsum.batch import run
 
-        return run(self, documents, batch_size=self.batch_size, ordered=ordered, on_event=on_event)
+        batch_size = self.batch_size if together else 1
+        return run(self, documents, batch_size=batch_size, ordered=ordered, on_event=on_event)
 
     def prompt_text(self, plan: Plan) -> str:
         """What the model reads, control tokens included."""
@@ -368,12 +392,12 @@ class Summarizer:
         limit = self.loaded.max_positions
         return limit is not None and len(prompt.ids) + max_new_tokens > limit
 
-    def _budget(self, prompt_tokens: int, max_new_tokens: int) -> tuple[Policy, ResolvedBudget]:
+    def _budget(self, prompt_tokens: int, max_new_tokens: int, free: int) -> tuple[Policy, ResolvedBudget]:
         """The policy that runs and its budget: `auto` means the full cache when there is room for it."""
         budget = parse_budget(self.settings.budget, self.settings.budget_scope)
 
         def resolved(policy: Policy) -> ResolvedBudget:
-            return self._resolve(policy, prompt_tokens, max_new_tokens)
+            return self._resolve(policy, prompt_tokens, max_new_tokens, free)
 
         full = self.policy if self.policy.name == "full" else make_policy("full")
         if budget.kind == "auto" or self.policy.name == "full":
@@ -388,7 +412,7 @@ class Summarizer:
         return self.policy, resolved(self.policy)
 
     def _resolve(
-        self, policy: Policy, prompt_tokens: int, max_new_tokens: int, most_slots: int | None = None
+        self, policy: Policy, prompt_tokens: int, max_new_tokens: int, free: int, most_slots: int | None = None
     ) -> ResolvedBudget:
         """The budget asked for, in slots of a policy."""
         shape = self.loaded.shape
@@ -406,7 +430,7 @@ class Summarizer:
             least_slots=policy.least_slots,
             slots_to_hold=policy.slots_to_hold,
             paper_slots=policy.paper_slots,
-            free_bytes=free_bytes(self.loaded.device) // self.batch_size,
+            free_bytes=free // (self.batch_size or 1),
             window_bytes=windows,
             most_slots=most_slots,
         )
@@ -424,13 +448,12 @@ def _budget_warnings(policy: Policy, budget: ResolvedBudget) -> list[str]:
 class Writing:
     """A summary while it is written: hears the engine's events about one document."""
 
-    def __init__(self, summarizer: Summarizer, plan: Plan, id: str, source: str, batch_size: int = 1) -> None:
+    def __init__(self, summarizer: Summarizer, plan: Plan, id: str, source: str) -> None:
         self.plan = plan
         self.request = summarizer.request(plan)
         self.summary = Summary(
             id, source, "", plan, summarizer.settings, summarizer.loaded, warnings=list(plan.warnings)
         )
-        self.summary.batch_size = batch_size
         self._pieces = _Pieces(summarizer.loaded.tokenizer)
 
     def started(self, index: int) -> DocumentStarted:

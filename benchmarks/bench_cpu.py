@@ -38,13 +38,6 @@ Case = Callable[[], Run]
 # -- models and peers --------------------------------------------------------------------------------------------------
 
 
-def shape_of(model: Any) -> Any:
-    """The shape of a model's cache."""
-    from auvsum.engine.models import _shape
-
-    return _shape(model.config, model.dtype)
-
-
 def save_random(shape: str, folder: Path) -> Path:
     """A checkpoint of a published shape with random weights, and a tokenizer whose words are `t0, t1, ..`."""
     import torch
@@ -125,9 +118,11 @@ def decode(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """OPT-125m's shape: prompts read at once and streamed, tokens written over the full cache and over 4%."""
     import torch
 
+    from auvsum.engine.memory import cache_shape
+
     saved = save_random("opt-125m", folder / "opt-125m")
     plain, eight = load_folder(saved), load_folder(saved, "int8")
-    ids, new, shape = draw(plain.config, options.prompt), options.new_tokens, shape_of(plain)
+    ids, new, shape = draw(plain.config, options.prompt), options.new_tokens, cache_shape(plain)
     cases: dict[str, Case] = {}
     for weights, model in (("bf16", plain), ("int8", eight)):
         cases[f"auvsum {weights} full"] = auvsum_case(model, shape, ids, new, "full", "100%", None)
@@ -206,6 +201,8 @@ def one_large(name: str, saved: Path, options: argparse.Namespace) -> None:
     """One engine of `large`: its JSON on stdout."""
     from transformers import AutoConfig
 
+    from auvsum.engine.memory import cache_shape
+
     threads = len(os.sched_getaffinity(0))
     ids, new = draw(AutoConfig.from_pretrained(saved), options.prompt), 24
     if name == "convert":
@@ -216,7 +213,7 @@ def one_large(name: str, saved: Path, options: argparse.Namespace) -> None:
     else:
         model = load_folder(saved, name.split()[1])
         if name.startswith("auvsum"):
-            case = auvsum_case(model, shape_of(model), ids, new, "auv", BUDGET, options.chunk)
+            case = auvsum_case(model, cache_shape(model), ids, new, "auv", BUDGET, options.chunk)
         else:
             case = transformers_case(model, ids, new, "sdpa")
     case()

@@ -162,7 +162,7 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any, list[int]]:
     """The model, the shape of its cache, and the prompt: real text, or random tokens for random weights."""
     import torch
 
-    from auvsum.budget import CacheShape
+    from auvsum.engine.memory import cache_shape
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -177,15 +177,9 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any, list[int]]:
         return loaded.model, loaded.shape, ids
     dtypes = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     model = common.random_model(options.shape, dtype=dtypes[options.dtype], device=device)
-    config, dtype = model.config, dtypes[options.dtype]
-    shape = CacheShape(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
-        head_dim=config.hidden_size // config.num_attention_heads,
-        element_bytes=dtype.itemsize,
-    )
     draw = random.Random(0)
-    return model, shape, [draw.randrange(4, config.vocab_size) for _ in range(options.prompt)]
+    ids = [draw.randrange(4, model.config.vocab_size) for _ in range(options.prompt)]
+    return model, cache_shape(model), ids
 
 
 def build_cases(

@@ -110,6 +110,12 @@ def weight_bytes(model: Any) -> int:
     return sum(p.nbytes for p in tensors.values()) - skip
 
 
+def allocate(cache: BudgetedCache, model: Any) -> None:
+    """Makes the cache's stores now."""
+    shape = cache_shape(model)
+    cache.allocate(kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=model.dtype, device=torch.device("cuda"))
+
+
 # -- decode ------------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +123,7 @@ def decoder(model: Any, policy: Any, slots: int, rows: int, new: int) -> tuple[A
     """A cache with `rows` documents read into it and its captured step, ready to go."""
     engine = Engine(model, policy, batch_size=rows)
     cache = BudgetedCache(model.config, policy, slots, batch=rows)
-    cache.allocate(**cache_shape(model), device=torch.device("cuda"))
+    allocate(cache, model)
     fuse(model)
     graph = DecodeGraph(model, cache, Sampling(), (), new)
     length = min(PROMPT, slots) if policy.name == "full" else PROMPT
@@ -162,7 +168,7 @@ def decode_rate(bench: Bench, model: Any, name: str, policy: str, slots: int, ro
     store = cache.layers[0].store
     live = float(store.valid.sum(-1).float().mean())
     shape = cache_shape(model)
-    token = 2 * shape["kv_heads"] * shape["head_dim"] * 2 + shape["kv_heads"] * 4 * 2 * len(made.state)
+    token = 2 * shape.kv_heads * shape.head_dim * 2 + shape.kv_heads * 4 * 2 * len(made.state)
     layers = len(cache.layers)
     bytes_ = (weight_bytes(model) + rows * layers * live * token) * steps
     operations = 2.0 * weight_bytes(model) / 2 * rows * steps
@@ -268,7 +274,7 @@ def read_prompt(model: Any, ids: list[int], slots: int, chunk: int | None) -> fl
     engine = Engine(model, make_policy("auv"))
     size = chunk or len(ids)
     cache = BudgetedCache(model.config, engine.policy, slots, batch=1)
-    cache.allocate(**cache_shape(model), device=torch.device("cuda"))
+    allocate(cache, model)
     fuse(model)
 
     def run() -> None:
@@ -295,7 +301,7 @@ def prefill(bench: Bench, model: Any, name: str, length: int, slots: int, chunks
     config, shape = model.config, cache_shape(model)
     heads = config.num_attention_heads
     products = 2.0 * (weight_bytes(model) / 2 - config.vocab_size * config.hidden_size) * length
-    attention = 4.0 * length**2 / 2 * heads * shape["head_dim"] * config.num_hidden_layers
+    attention = 4.0 * length**2 / 2 * heads * shape.head_dim * config.num_hidden_layers
     results = {"plain SDPA": lambda: peers.transformers_prefill(model, ids, median_seconds)}
     results["auv, one pass"] = lambda: read_prompt(model, ids, slots, None)
     for label, chunk in chunks.items():
@@ -308,7 +314,7 @@ def prefill(bench: Bench, model: Any, name: str, length: int, slots: int, chunks
         peak = torch.cuda.max_memory_allocated()
         base = base or {"seconds": seconds, "peak": peak}
         streamed = chunks.get(label)
-        seen = 4.0 * length * (slots + streamed / 2) * heads * shape["head_dim"] * config.num_hidden_layers if (
+        seen = 4.0 * length * (slots + streamed / 2) * heads * shape.head_dim * config.num_hidden_layers if (
             streamed) else attention * (1.5 if label != "plain SDPA" else 1)  # fmt: skip
         bench.add(
             f"{name}, {label}", seconds * 1e3, "ms", seconds=seconds, bytes_=weight_bytes(model),

@@ -76,7 +76,14 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[int | None, _option("Seed of the sampling.", metavar="N")]
 
-BatchSize = Annotated[str | None, _option("Documents written together.", "--batch-size", metavar="N|auto")]
+BatchSize = Annotated[
+    str | None,
+    _option(
+        "Documents written together; auto: as many as free memory holds, at most 8 on a CPU and 64 on a GPU.",
+        "--batch-size",
+        metavar="N|auto",
+    ),
+]
 Timeout = Annotated[float | None, _option("The most time a document may take.", metavar="SECONDS")]
 
 Output = Annotated[Path | None, _option("Write everything to one file.", "--output", "-o", metavar="FILE")]

@@ -39,7 +39,7 @@ class _Preview:
         self._summarizer: Summarizer | None = None
         self._rates: Rates | None = None
         self._tokens = 0
-        self._largest = 0
+        self._largest: Plan | None = None
         self._seconds = 0.0
 
     def all(self, inputs: list[Input], reading: Reading) -> int:
@@ -72,7 +72,8 @@ class _Preview:
         seconds = self._rates.seconds(plan.prompt_tokens, plan.max_new_tokens)
         self._tokens += plan.prompt_tokens
         self._seconds += seconds
-        self._largest = max(self._largest, plan.budget.bytes)
+        if self._largest is None or plan.budget.bytes > self._largest.budget.bytes:
+            self._largest = plan
         record = _plan_record(document, plan, seconds)
         if self._format in ("json", "jsonl"):
             indent = 2 if self._format == "json" else None
@@ -85,9 +86,12 @@ class _Preview:
             self._console.warn(warning if warning.startswith(document.id) else f"{document.id}: {warning}")
 
     def _total(self, documents: int) -> None:
-        together = self._summarizer.batch_size if self._summarizer else 1
+        together = held = 0
+        if self._summarizer is not None and self._largest is not None:
+            together = self._summarizer.together(self._largest, documents)
+            held = self._largest.budget.bytes * together
         self._console.write(
-            f"{documents:,} documents: {self._tokens:,} tokens, at most {size(self._largest * together)} of KV cache, "
+            f"{documents:,} documents, {together} together: {self._tokens:,} tokens, at most {size(held)} of KV cache, "
             f"about {self._seconds:.0f} s by that estimate\n"
         )
 

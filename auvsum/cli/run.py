@@ -91,7 +91,9 @@ class Run:
                 continue
             summarizer = self._load(sink)
             rest = chain([document], documents)
-            yield from summarizer.run(rest, ordered=not isinstance(sink, FolderSink), on_event=self._hear)
+            ordered = not isinstance(sink, FolderSink)
+            together = self._total > 1 and not isinstance(self._view, Stream)
+            yield from summarizer.run(rest, ordered=ordered, together=together, on_event=self._hear)
 
     def _documents(self, inputs: list[Input], sink: Sink) -> Iterator[Document | Failure]:
         """The documents that the sink wants, read one at a time."""
@@ -166,7 +168,7 @@ class Run:
 
     @property
     def _one_at_a_time(self) -> bool:
-        return self._settings.batch_size in ("1", "auto")
+        return self._total == 1 or self._settings.batch_size in ("1", "auto")
 
     def _close_view(self) -> None:
         self._console.panel = None

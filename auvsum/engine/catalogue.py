@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from auvsum.engine import checkpoint, registry
-from auvsum.engine.locate import locate
+from auvsum.engine.locate import find
 from auvsum.engine.registry import KnownModel
 from auvsum.errors import ModelError, ModelNotFound
 
@@ -34,7 +35,7 @@ def listing() -> list[ModelInfo]:
     known = [_known_info(model) for model in registry.KNOWN.values()]
     listed = {model.hub_id for model in registry.KNOWN.values() if model.wheel is None}
     hub = registry.hub_cache_dir()
-    folders = sorted(hub.glob("models--*")) if hub.is_dir() else []
+    folders = sorted(hub.glob("models--*")) if os.path.isdir(hub) else []
     ids = [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
     return known + [info for hub_id in ids if hub_id not in listed if (info := _cached_info(hub_id)) is not None]
 
@@ -42,7 +43,7 @@ def listing() -> list[ModelInfo]:
 def _known_info(known: KnownModel) -> ModelInfo:
     path, problem, disk = None, "", known.size_bytes
     try:
-        found = checkpoint.inspect(locate(known.name), known.name)
+        found = find(known.name)
         path, disk = found.path, found.weight_bytes
     except ModelNotFound:
         pass

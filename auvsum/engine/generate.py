@@ -26,14 +26,11 @@ from auvsum.cache.sliding import layer_windows
 from auvsum.engine.fuse import fuse
 from auvsum.engine.graph import NOT_FINITE, RESTS, DecodeGraph, why_not
 from auvsum.engine.lean import lean_step, straighten_head
-from auvsum.engine.memory import cache_shape, is_out_of_memory, release_memory, rows_that_fit
+from auvsum.engine.memory import MOST_ROWS, cache_shape, is_out_of_memory, release_memory, rows_that_fit
 from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
 from auvsum.errors import DocumentError, DocumentTimeout, GenerationFailed, PolicyError
 from auvsum.events import Event, Failed, Finished, FinishReason, Notice, Prefilled, PrefillProgress, Token
-
-#: Documents looked at to choose a batch size.
-_LOOK_AHEAD = 64
 
 Waiting = deque[tuple[int, "Request"]]
 
@@ -125,6 +122,8 @@ class Engine:
         model.set_attn_implementation("auvsum")
         straighten_head(model)
         self.lean = lean_step(model)
+        #: Documents that are being written together.
+        self.rows = 1
         self._told: dict[int, int] = {}
         self._noticed: set[str] = set()
 
@@ -134,15 +133,17 @@ class Engine:
         A document that cannot be written (logits that are not numbers, its time is up, too little memory for it alone)
         ends with `Failed`, and the others go on. Out of memory with several together, it goes on with half as many;
         those that were under way are read again, and their tokens are not told twice. Requests are taken one at a time,
-        when a row is free for them: at most `batch_size` of them wait, however many there are.
+        when a row is free for them: however many there are, only those wait that `batch_size` or its choice looks at.
         """
         incoming = enumerate(requests)
         self._told = {}
-        ahead = self.batch_size or _LOOK_AHEAD
+        ahead = self.batch_size or MOST_ROWS[self.device.type]
         waiting: Waiting = deque(islice(incoming, ahead))
-        batch = self.batch_size or rows_that_fit(self.model, self.policy, [request for _, request in waiting])
+        first = [request for _, request in waiting]
+        batch = self.batch_size or rows_that_fit(self.model, self.policy, first, self.chunk)
         while waiting:
             rows: list[_Row | None] = [None] * min(batch, len(waiting))
+            self.rows = len(rows)
             try:
                 yield from self._together(waiting, incoming, rows)
             except RuntimeError as error:
@@ -326,7 +327,8 @@ class Engine:
     def _graph_for(self, cache: BudgetedCache, longest: int) -> tuple[DecodeGraph | None, str | None]:
         """The captured decode step, or why there is none."""
         if self.device.type == "cuda":
-            cache.allocate(**cache_shape(self.model), device=self.device)
+            shape, dtype = cache_shape(self.model), self.model.dtype
+            cache.allocate(kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=dtype, device=self.device)
         reason = why_not(cache, self.device)
         if reason is not None:
             return None, reason

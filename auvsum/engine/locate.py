@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from auvsum.engine import registry
+from auvsum.engine import checkpoint, registry
+from auvsum.engine.checkpoint import Checkpoint
 from auvsum.engine.registry import KnownModel
 from auvsum.engine.staging import read_marker
-from auvsum.errors import ModelIncomplete, ModelNotFound, ModelUnsupported
+from auvsum.errors import ModelError, ModelIncomplete, ModelNotFound, ModelUnsupported
 
 
 def is_path(name: str) -> bool:
@@ -50,6 +51,21 @@ def locate(name: str) -> Path:
         )
     hint = f"{meant}type: {pull_command(registry.KNOWN[nearest])}" if nearest else "auvsum models list shows the names"
     raise ModelNotFound(f"no model is called {name!r}", hint)
+
+
+def find(name: str) -> Checkpoint:
+    """The checkpoint that a name means, looked at.
+
+    Raises:
+        ModelError: it is not here, not whole, not supported, or may not be read.
+    """
+    try:
+        return checkpoint.inspect(locate(name), name)
+    except PermissionError as error:
+        raise ModelError(
+            f"{name} may not be read: no permission for {error.filename}",
+            "check its permissions, or where HOME, HF_HOME and AUVSUM_CACHE point",
+        ) from error
 
 
 def pull_command(known: KnownModel) -> str:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auvsum.budget import CacheShape
+from auvsum.cache.sliding import layer_windows
+
 if TYPE_CHECKING:
     from auvsum.cache.policy import Policy
     from auvsum.engine.generate import Request
 
-#: More rows than this gain nothing: the matrix products are at their limit.
-_MOST_ROWS = {"cpu": 16, "cuda": 512}
-#: Share of the free memory that may be planned for.
-_PLANNED = 0.92
+#: The most documents that are written together unless somebody says how many: see "Documents together" in docs/LOG.md.
+MOST_ROWS = {"cpu": 8, "cuda": 64}
+#: Share of the free memory that may be planned for. Main memory has other users.
+_PLANNED = {"cpu": 0.5, "cuda": 0.92}
 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device: of the GPU, or what the kernel calls available."""
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
-        return int(free)
+        # What torch keeps for the next allocation is free as well.
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="ascii").splitlines():
@@ -48,34 +53,44 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def cache_shape(model: Any) -> dict[str, Any]:
-    """What a cache of the model needs to be allocated: KV heads, head size and number type."""
+def cache_shape(model: Any) -> CacheShape:
+    """What one token costs in the model's full cache, from its config and the type of its weights."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    return {
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "dtype": next(model.parameters()).dtype,
-    }
+    return CacheShape(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        element_bytes=model.dtype.itemsize,
+        windows=tuple(window for window in layer_windows(config) if window is not None),
+    )
 
 
-def rows_that_fit(model: Any, policy: Policy, requests: Sequence[Request]) -> int:
-    """How many documents the free memory holds together, beside the reading of the longest prompt; at least one."""
+def rows_that_fit(model: Any, policy: Policy, requests: Sequence[Request], chunk: int | None = None) -> int:
+    """How many documents the free memory holds together, beside the reading of the longest prompt; at least one.
+
+    Args:
+        chunk: tokens read at a time; None reads a prompt in one pass.
+    """
     if not requests:
         return 1
-    parameter = next(model.parameters())
     config = model.config.get_text_config(decoder=True)
-    element, shape = parameter.dtype.itemsize, cache_shape(model)
-    cost = policy.slot_cost(kv_heads=shape["kv_heads"], head_dim=shape["head_dim"], element_bytes=element)
-    layers = config.num_hidden_layers
+    shape = cache_shape(model)
+    element = shape.element_bytes
+    cost = policy.slot_cost(kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=element)
     slots = max(
-        request.slots * layers if isinstance(request.slots, int) else sum(request.slots) for request in requests
+        request.slots * shape.layers if isinstance(request.slots, int) else sum(request.slots) for request in requests
     )
     width = getattr(config, "ffn_dim", None) or config.intermediate_size
     # A row: its slots; its logits in the model's type, as fp32, sorted. A prompt token: some copies of its hidden and
     # its feed-forward state.
-    row_bytes = layers * cost.fixed + slots * cost.per_slot + config.vocab_size * (element + 16)
-    prompt = max(len(request.ids) for request in requests)
+    row_bytes = shape.layers * cost.fixed + slots * cost.per_slot + config.vocab_size * (element + 16)
+    prompt = min(max(len(request.ids) for request in requests), chunk or sys.maxsize)
     prompt_bytes = prompt * element * (12 * config.hidden_size + 3 * width)
-    fit = int((_PLANNED * free_bytes(parameter.device) - prompt_bytes) // row_bytes)
-    return max(1, min(fit, _MOST_ROWS[parameter.device.type], len(requests)))
+    kind = model.device.type
+    free = free_bytes(model.device)
+    if kind == "cpu":
+        # Weights that are mapped from their file count as available to the kernel, and are needed all the same.
+        free -= sum(parameter.nbytes for parameter in model.parameters())
+    fit = int((_PLANNED[kind] * free - prompt_bytes) // row_bytes)
+    return max(1, min(fit, MOST_ROWS[kind], len(requests)))

@@ -16,7 +16,7 @@ from auvsum.budget import CacheShape
 from auvsum.engine import checkpoint, fetch, hardware, registry
 from auvsum.engine.catalogue import ModelInfo, listing
 from auvsum.engine.convert_pickle import converted
-from auvsum.engine.locate import is_path, locate
+from auvsum.engine.locate import find, is_path, locate
 from auvsum.engine.registry import DEFAULT_MODEL
 from auvsum.engine.staging import Progress, silent
 from auvsum.errors import (
@@ -56,7 +56,6 @@ class LoadedModel:
     max_positions: int | None
     shape: CacheShape
     eos_ids: tuple[int, ...]
-    has_chat_template: bool
     device: torch.device
     dtype: torch.dtype
     load_seconds: float
@@ -96,6 +95,7 @@ def load(
     _env.prepare()
     import torch
 
+    from auvsum.engine.memory import cache_shape
     from auvsum.engine.weights import quantize_weights
 
     if threads is not None:
@@ -118,9 +118,8 @@ def load(
         model=model,
         tokenizer=tokenizer,
         max_positions=getattr(model.config, "max_position_embeddings", None),
-        shape=_shape(model.config, kind),
+        shape=cache_shape(model),
         eos_ids=_eos_ids(model, tokenizer),
-        has_chat_template=tokenizer.chat_template is not None,
         device=where,
         dtype=kind,
         load_seconds=time.perf_counter() - start,
@@ -137,7 +136,7 @@ def resolve(name: str | None = None, *, download: bool = False, progress: Progre
     name = name or DEFAULT_MODEL
     known = registry.find(name)
     try:
-        found = checkpoint.inspect(locate(name), name)
+        found = find(name)
     except (ModelNotFound, ModelIncomplete) as error:
         if not download or is_path(name):
             raise
@@ -204,19 +203,6 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype | None:
 
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _shape(config: Any, dtype: torch.dtype) -> CacheShape:
-    from auvsum.cache.sliding import layer_windows
-
-    heads = config.num_attention_heads
-    return CacheShape(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        element_bytes=dtype.itemsize,
-        windows=tuple(window for window in layer_windows(config) if window is not None),
-    )
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

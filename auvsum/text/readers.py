@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import difflib
 import mmap
 import os
@@ -71,11 +70,6 @@ class Document:
     def id(self) -> str:
         """The name that people see: its path within a folder that was named, or the file's name, or `stdin`."""
         return self.name or document_id(self.source)
-
-    def page_at(self, offset: int) -> int | None:
-        """The number of the page that holds a character; None for formats without pages."""
-        at = bisect.bisect_right(self.pages, (offset, _MOST_PAGES + 1)) - 1
-        return self.pages[at][1] if at >= 0 else None
 
 
 def document_id(source: str) -> str:

@@ -24,7 +24,6 @@ PIECES = (" The", " council", " met — and", " decided\n", "to [bold]build[/bol
 
 class Summarizer:
     def __init__(self, settings: Settings) -> None:
-        self.batch_size = 1
         self.loaded = SimpleNamespace(name=settings.model, load_seconds=1.25)
         self.settings = settings
 
@@ -54,7 +53,12 @@ class Summarizer:
     def prompt_text(self, plan: SimpleNamespace) -> str:
         return "<|user|>the document<|assistant|>"
 
-    def run(self, documents: Iterable[Any], *, ordered: bool, on_event: Callable[[Event], None]) -> Iterator[Any]:
+    def together(self, plan: SimpleNamespace, documents: int) -> int:
+        return 1
+
+    def run(
+        self, documents: Iterable[Any], *, ordered: bool, together: bool, on_event: Callable[[Event], None]
+    ) -> Iterator[Any]:
         return batch.run(self, documents, ordered=ordered, on_event=on_event)  # type: ignore[arg-type]
 
     def summarize(

@@ -160,13 +160,14 @@ def test_second_run_on_one_folder_is_refused(cli: Any, run: Any, one_line: Any) 
     assert run("a.txt", "-O", "out").code == 0
 
 
-def test_two_hundred_documents_with_twenty_broken(cli: Any, run: Any) -> None:
+def test_two_hundred_documents_with_twenty_broken(cli: Any, model: str) -> None:
     (cli.folder / "in").mkdir()
     for number in range(200):
         broken = (b"%PDF-1.4", b"", b"a\x00b")[number % 3] if number % 10 == 7 else None
         cli.write(f"in/{number:03}.txt", broken if broken is not None else f"{number} bridges.")
-    result = run("in", "-O", "out", "--batch-size", "8", "-q", "--max-tokens", "2")
-    assert result.code == 1
+    flags = ("--model", model, "--dtype", "fp32", "--budget", "96", "--max-tokens", "2")
+    result = cli.real("summarize", "in", "-O", "out", "-q", *flags)
+    assert (result.code, result.out) == (1, b"")
     records = index(cli.folder / "out")
     assert sum(record["error"] is None for record in records) == 180
     assert sum(record["summary"] is None for record in records) == 20
@@ -203,10 +204,44 @@ def texts(results: Any) -> list[str]:
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9}, {"strategy": "stream", "chunk": 32}])
 def test_batches_do_not_change_summaries(model: str, settings: dict[str, Any]) -> None:
     alone = texts(summarizer(model, **settings).run(documents(9)))
-    together = list(summarizer(model, batch_size="4", **settings).run(documents(9)))
-    assert texts(together) == alone
-    assert [result.id for result in together] == [str(n) for n in range(9)]
-    assert together[0].record()["settings"]["batch_size"] == 4
+    for batch_size, rows in (("4", 4), ("auto", 8)):
+        together = list(summarizer(model, batch_size=batch_size, **settings).run(documents(9)))
+        assert texts(together) == alone
+        assert [result.id for result in together] == [str(n) for n in range(9)]
+        assert together[0].record()["settings"]["batch_size"] == rows
+
+
+def test_auto_follows_the_free_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less memory, fewer documents together and the same summaries; a run's own caches change no budget."""
+    from auvsum.engine import memory
+
+    one = Summarizer.from_pretrained(model, dtype="fp32", max_tokens=8)
+    expected = texts(one.run(documents(9), together=False))
+    plan = one.plan(documents(9)[3].text)
+    measured = []
+
+    def shrinking(device: Any) -> int:
+        measured.append(device)
+        return 10**9 // len(measured)
+
+    monkeypatch.setattr("auvsum.summarize.free_bytes", shrinking)
+    results = list(one.run(documents(9)))
+    assert texts(results) == expected
+    assert len(measured) == 1
+    assert {result.plan.policy.name for result in results if isinstance(result, Summary)} == {"full"}
+    rows = {}
+    for mebibytes in (3, 6, 10_000):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, n=mebibytes: n * 2**20)
+        rows[mebibytes] = one.together(plan, 9)
+        assert texts(one.run(documents(9))) == expected
+    assert 1 <= rows[3] < rows[6] < rows[10_000] == memory.MOST_ROWS["cpu"]
+    assert one.together(plan, 2) == 2
+
+
+def test_auto_is_one_beside_a_time_limit(model: str) -> None:
+    results = list(summarizer(model, timeout=60.0).run(documents(3)))
+    assert [result.record()["settings"]["batch_size"] for result in results] == [1, 1, 1]
+    assert summarizer(model, timeout=60.0, batch_size="2").batch_size == 2
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
@@ -234,7 +269,7 @@ def test_documents_are_taken_lazily(model: str) -> None:
             taken += 1
             yield document
 
-    for batch_size, ahead in (("1", 1), ("4", 9)):
+    for batch_size, ahead in (("1", 1), ("4", 9), ("auto", 17)):
         taken = 0
         results = summarizer(model, batch_size=batch_size).run(many())
         next(results)

@@ -8,6 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import pytest
 from tests.cli.test_cli_streams import SUMMARY
 
 ROOT = Path(__file__).parents[2]
+AS_NOBODY = Path(__file__).with_name("as_nobody.py")
+NOBODY = 65534
 
 
 def start(cli: Any, *arguments: str) -> subprocess.Popen[bytes]:
@@ -149,14 +153,72 @@ def test_full_disk_names_the_file(cli: Any) -> None:
     assert len((cli.folder / "out" / "index.jsonl").read_text().splitlines()) == 8
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder(cli: Any, one_line: Any) -> None:
-    cli.write("a.txt", "text")
-    (cli.folder / "out").mkdir(mode=0o500)
-    result = cli.fake("summarize", "a.txt", "-O", "out")
-    assert (result.code, result.out) == (1, b"")
-    one_line(result.err)
-    assert "out/.auvsum" in result.err
+@pytest.fixture
+def readable() -> Iterator[Path]:
+    """A folder that is nobody's; pytest's own are root's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "a.txt").write_text("text")
+        (folder / "in").mkdir()
+        for part in "abc":
+            (folder / "in" / f"{part}.txt").write_text("text")
+        yield folder
+        for path in (folder, *folder.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o700)
+
+
+def as_nobody(cli: Any, folder: Path, *arguments: str, home: str = ".") -> subprocess.CompletedProcess[str]:
+    if os.geteuid() == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+    return subprocess.run(
+        [sys.executable, str(AS_NOBODY), "summarize", *arguments],
+        cwd=folder,
+        env={**cli.env, "HOME": str(folder / home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-O", "closed"], "closed/.auvsum/manifest.jsonl"),
+        (["-O", "closed/new/out"], "closed/new/out/.auvsum/manifest.jsonl"),
+        (["-o", "closed/all.txt"], "closed/all.txt"),
+    ],
+)
+def test_read_only_folder(cli: Any, one_line: Any, readable: Path, arguments: list[str], named: str) -> None:
+    (readable / "closed").mkdir(mode=0o500)
+    done = as_nobody(cli, readable, "a.txt", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    one_line(done.stderr)  # so no model was loaded for nothing
+    assert done.stderr == (
+        f"error: {named} cannot be written: Permission denied\n  hint: check the disk and its permissions\n"
+    )
+    assert list((readable / "closed").iterdir()) == []
+
+
+def test_home_of_somebody_else(cli: Any, readable: Path) -> None:
+    (readable / "home").mkdir(mode=0o000)
+    done = as_nobody(cli, readable, "a.txt", "-q", home="home")
+    assert (done.returncode, done.stdout, done.stderr) == (0, SUMMARY, "")
+
+
+def test_folder_that_becomes_read_only(cli: Any, readable: Path) -> None:
+    """What is finished stays; what is missing says which file, and is made when the folder may be written again."""
+    assert as_nobody(cli, readable, "in", "-O", "out", "--include", "a.txt").returncode == 0
+    (readable / "out").chmod(0o500)
+    done = as_nobody(cli, readable, "in", "-O", "out", "-q")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: out/b.txt cannot be written: Permission denied\n  hint: ")
+    assert [path.name for path in sorted((readable / "out").iterdir())] == [".auvsum", "a.txt", "index.jsonl"]
+    (readable / "out").chmod(0o700)
+    done = as_nobody(cli, readable, "in", "-O", "out")
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1].startswith("2 done, 0 failed, 1 skipped")
 
 
 def test_kills_at_random_moments() -> None:

@@ -156,7 +156,7 @@ def test_dry_run(cli: Any) -> None:
     assert record["budget"] == {"asked": "auto", "slots": 209, "bytes": 2**21, "full_bytes": 2**26}
     cli.write("b.txt", "text")
     result = cli.fake("summarize", "a.txt", "b.txt", "--dry-run")
-    total = "2 documents: 10,428 tokens, at most 2.0 MiB of KV cache, about 16 s by that estimate"
+    total = "2 documents, 1 together: 10,428 tokens, at most 2.0 MiB of KV cache, about 16 s by that estimate"
     assert result.text.splitlines()[-1] == total
 
 

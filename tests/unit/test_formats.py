@@ -63,8 +63,8 @@ def test_pages_of_a_pdf() -> None:
     start, end = whole.pages[1][0], whole.pages[3][0]
     assert part.text.split() == whole.text[start:end].split()
     assert [number for _, number in part.pages] == [2, 3]
-    assert (part.page_at(0), part.page_at(len(part.text) - 1)) == (2, 3)
-    assert read_document(SAMPLES / f"{REPORT}.txt").page_at(5) is None
+    assert part.pages[0][0] == 0
+    assert read_document(SAMPLES / f"{REPORT}.txt").pages == ()
     failing(path, "only 6 pages", pages="9-")
     failing(SAMPLES / f"{REPORT}.docx", "no pages", pages="1")
     failing(SAMPLES / f"{REPORT}.txt", "no pages", pages="1")

@@ -55,7 +55,7 @@ def test_load_opt(tmp_path: Path) -> None:
     assert loaded.max_positions == 512
     assert loaded.shape == CacheShape(layers=2, kv_heads=4, head_dim=16, element_bytes=4)
     assert loaded.eos_ids == (2,)
-    assert not loaded.has_chat_template
+    assert loaded.tokenizer.chat_template is None
     assert loaded.device == torch.device("cpu")
     assert loaded.dtype == loaded.model.dtype == torch.float32
     assert not loaded.model.training
@@ -68,8 +68,20 @@ def test_load_llama(tmp_path: Path) -> None:
     assert loaded.max_positions == 1024
     assert loaded.shape == CacheShape(layers=2, kv_heads=2, head_dim=16, element_bytes=2)
     assert loaded.eos_ids == (2,)
-    assert loaded.has_chat_template
+    assert loaded.tokenizer.chat_template
     assert loaded.dtype == loaded.model.dtype == torch.bfloat16
+
+
+def test_a_model_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, name: str) -> None:
+        raise PermissionError(13, "Permission denied", f"{path}/config.json")
+
+    monkeypatch.setattr("auvsum.engine.checkpoint.inspect", closed)
+    monkeypatch.setattr("auvsum.engine.locate.locate", lambda name: Path("/closed") / name)
+    with pytest.raises(ModelError, match=r"m may not be read: no permission for /closed/m/config\.json") as caught:
+        models.resolve("m")
+    assert caught.value.exit_code == 3
+    assert "no permission" in models.listing()[0].problem
 
 
 def test_loaded_weights_are_those_written(tmp_path: Path) -> None:
