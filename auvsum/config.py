@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "strategy": ("auto", "single", "stream", "map-reduce"),
     "style": (None, "paragraph", "bullets"),
     "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
+    "weights": ("auto", "bf16", "int8"),
 }
 _BATCH_SIZE = re.compile(r"auto|[1-9]\d*")
 _AT_LEAST = {"chunk": 1, "window": 64, "max_tokens": 1, "sentences": 1, "words": 1, "threads": 1, "seed": 0}
@@ -43,6 +44,7 @@ class Settings:
             everything, else 4; 16 with the other policies, as their papers have it.
         chunk: tokens read at a time by the `stream` strategy.
         window: tokens of a window of `map-reduce`; `None` takes what measured best and fits the positions.
+        weights: `bf16` leaves them as `dtype` says, `int8` halves them (on a CPU), `auto` decides.
         query: a question to answer instead of a summary. style: the summary's shape. cite: give sources.
         max_tokens: the most new tokens; `None` lets the requested length decide.
         repetition_penalty: how strongly tokens that the summary already has are discouraged; 1 is not at all.
@@ -72,6 +74,7 @@ class Settings:
     cite: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    weights: str = "auto"
     threads: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0

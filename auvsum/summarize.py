@@ -144,6 +144,7 @@ class Summary:
             },
             "settings": {
                 "dtype": str(self.loaded.dtype).removeprefix("torch."),
+                "weights": self.loaded.weights,
                 "device": self.loaded.runs_on,
                 "batch_size": self.batch_size,
                 "seed": self.settings.seed,
@@ -205,6 +206,7 @@ class Summarizer:
             settings.model,
             device=settings.device,
             dtype=settings.dtype,
+            weights=settings.weights,
             threads=settings.threads,
             download=settings.download,
         )

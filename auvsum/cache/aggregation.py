@@ -47,8 +47,9 @@ def count_usage(store: SlotStore, probabilities: Tensor, local: Tensor, top_k: i
 def most_attended(store: SlotStore, probabilities: Tensor, count: Tensor) -> Tensor:
     """True at each row's `count` most attended live slots, `[B, G, S]`; on a tie the newer token wins."""
     live = probabilities.masked_fill(~store.valid[..., : store.slots], -1.0)
-    order = live.sort(-1, descending=True).values
-    least = order.gather(-1, (count - 1)[:, None, None].expand(*order.shape[:2], 1))
+    # Not a sort: that takes four times as long on a CPU.
+    most = live.topk(int(count.max()), -1).values
+    least = most.gather(-1, (count - 1)[:, None, None].expand(*most.shape[:2], 1))
     above = live > least
     at = live == least
     wanted = count[:, None] - above.sum(-1)

@@ -164,13 +164,16 @@ def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
         return fused
     batch, heads, _, size = query.shape
     groups = key.shape[1]
-    store.append(policy.place(store), key[:, :, 0], value[:, :, 0])
-    keys, values = store.read()
+    books, number = layer.books, layer.number
+    books.admit(policy, number, key[:, :, 0], value[:, :, 0])
     grouped = query.view(batch, groups, heads // groups, size)
+    if books.recalls:
+        return books.attend(policy, number, grouped, scale).view(batch, 1, heads, size)
+    keys, values = store.read()
     logits = (grouped @ keys.transpose(-1, -2)).float() * scale
     probabilities = logits.masked_fill_(~store.valid[:, :, None], -torch.inf).softmax(-1)
     out = probabilities.to(values.dtype) @ values
-    policy.observe(store, probabilities.mean(2))
+    books.observe(policy, probabilities.mean(2))
     return out.view(batch, 1, heads, size)
 
 

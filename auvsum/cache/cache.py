@@ -21,6 +21,7 @@ from auvsum.cache.policy import Policy, SlotPolicy, make_policy
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import SlidingWindow, layer_windows
 from auvsum.cache.store import SlotStore
+from auvsum.cache.together import Books
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
 
@@ -42,6 +43,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         compact: rows whose positions count what is held, each with the position of its next token; their keys are
             stored un-turned until `settle`, by the angles of `rotary`.
         share: rows whose next part keeps at most that many slots beside what is held.
+        peers: the layers whose books may be kept together with this one's, itself among them; on a CPU alone.
+        books, number: where the books of the decode step are, and this layer's place in them.
     """
 
     is_compileable = False
@@ -75,7 +78,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.longest: dict[int, int] = {}
         self.prefill_bytes = 0
         self.unread: set[int] = set()
+        self.peers: list[LayerCache] = [self]
+        self.number = 0
         self._store: SlotStore | None = None
+        self._books: Books | None = None
 
     @property
     def store(self) -> SlotStore:
@@ -87,6 +93,12 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if self._store is None:
             raise PolicyError("the cache is empty", "run the model on a prompt first")
         return self._store
+
+    @property
+    def books(self) -> Books:
+        """Where the books of the decode step are kept."""
+        assert self._books is not None  # made together with the store
+        return self._books
 
     @property
     def window(self) -> int | None:
@@ -101,20 +113,23 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the store in the keys' type and on their device."""
         batch, groups, chunk, size = key_states.shape
-        tokens = max(self.longest.values(), default=chunk)
-        slots = chunk + _GROWTH if self.slots is None else self._own(self.slots, tokens, self.exact)
-        self._store = SlotStore(
-            batch=self.batch or batch,
-            kv_heads=groups,
-            slots=self.policy.capacity(slots),
-            head_dim=size,
-            dtype=key_states.dtype,
-            device=key_states.device,
-            state=self.policy.state,
-            reconstruct=self.policy.keeps_reconstructed,
-            codec=make_codec(key_states.dtype, self.bits),
-            layer=self.layer,
-        )
+        if self._books is None:
+            layers = self._together(chunk) if key_states.device.type == "cpu" else [self]
+            books = Books.shared(
+                [layer.layer for layer in layers],
+                batch=self.batch or batch,
+                kv_heads=groups,
+                slots=self._capacity(chunk),
+                head_dim=size,
+                dtype=key_states.dtype,
+                device=key_states.device,
+                state=self.policy.state,
+                reconstruct=self.policy.keeps_reconstructed,
+                codec=make_codec(key_states.dtype, self.bits),
+            )
+            for number, layer in enumerate(layers):
+                layer._books, layer.number = books, number
+        self._store = self.books.stores[self.number]
         self.unread = set(range(self.batch or batch))
         self.is_initialized = True
 
@@ -138,6 +153,18 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         # transformers passes the tensors on unchanged; an attribute is the one link that survives that way.
         key_states.auvsum_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
+
+    def _capacity(self, chunk: int) -> int:
+        """The slots that the store needs when its first chunk has that many tokens."""
+        tokens = max(self.longest.values(), default=chunk)
+        return self.policy.capacity(
+            chunk + _GROWTH if self.slots is None else self._own(self.slots, tokens, self.exact)
+        )
+
+    def _together(self, chunk: int) -> list[LayerCache]:
+        """The layers that share this one's memory and books: all peers, or itself where they differ."""
+        alike = {peer._capacity(chunk) for peer in self.peers} == {self._capacity(chunk)}
+        return self.peers if alike and all(peer._books is None for peer in self.peers) else [self]
 
     def _own(self, granted: int, tokens: int, exact: bool) -> int:
         """This layer's slots of `granted` a layer, for a prompt of that many tokens."""
@@ -217,7 +244,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         needed = int(old.seen.max()) + chunk
         if needed <= old.slots:
             return
-        self.slots, slots = needed + _GROWTH, self.slots
+        self.slots, slots, self._books = needed + _GROWTH, self.slots, None
         self.lazy_initialization(self._like(old), self._like(old))
         self.slots = slots
         new = self.store
@@ -331,6 +358,9 @@ class BudgetedCache(Cache):  # type: ignore[misc]
                 self._check(number)
             place = (full.index(index), len(full))
             layers.append(LayerCache(policy, number, batch, place, not one, index, bits))
+        sharing = [layers[index] for index in full if layers[index].slots is not None]
+        for layer in sharing:
+            layer.peers = sharing
         super().__init__(layers=layers)
 
     def _check(self, slots: int | None) -> None:

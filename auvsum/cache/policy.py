@@ -39,6 +39,8 @@ class Policy(abc.ABC):
     folds_by: ClassVar[str] = ""
     #: Whether a prompt may be read in chunks; False when the choice needs the prompt's last queries.
     streams: ClassVar[bool] = True
+    #: Whether `observe` looks at the probabilities; where none does they need not be known.
+    looks: ClassVar[bool] = True
     #: Whether all heads of a layer hold the same tokens.
     one_set: ClassVar[bool] = False
     #: Whether every head has its own number of tokens: `cache/heads.py` holds them instead of `SlotStore`.
@@ -129,7 +131,8 @@ class SlotPolicy(Policy):
         """Updates the state after a decode step.
 
         Args:
-            probabilities: fp32 `[B, G, S (+ 1)]`, mean over the query heads of each KV head; 0 for dead slots.
+            probabilities: fp32 `[B, G, S (+ 1)]`, mean over the query heads of each KV head; 0 for dead slots. On a
+                CPU empty for a policy that does not look at them.
         """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def advance(store: SlotStore, ring: Tensor) -> None:
 @dataclass(frozen=True)
 class Ring(SlotPolicy):
     """Nothing that the prompt left is evicted later; the newest tokens share a ring, so that the cap holds."""
+
+    looks: ClassVar[bool] = False
 
     @abc.abstractmethod
     def ring(self, store: SlotStore) -> Tensor:

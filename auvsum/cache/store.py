@@ -10,6 +10,7 @@ arithmetic), D head size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,19 @@ class SlotStore:
         self.counts = [Counts(slots) for _ in range(batch)]
         self._rows = torch.arange(batch, device=device)[:, None]
         self._heads = torch.arange(kv_heads, device=device)[None]
+
+    def part(self, start: int, rows: int, layer: int) -> SlotStore:
+        """A store over some of the rows, in the same memory: the layer's own when several share one."""
+        part, chosen = copy.copy(self), slice(start, start + rows)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value[chosen])
+        part.keys, part.values = ([tensor[chosen] for tensor in memory] for memory in (self.keys, self.values))
+        part.state = {name: values[chosen] for name, values in self.state.items()}
+        part.counts = [Counts(self.slots) for _ in range(rows)]
+        part._rows, part._heads = self._rows[:rows], self._heads.clone()
+        part.layer = layer
+        return part
 
     # -- whole rows ---------------------------------------------------------------------------------------------------
 
@@ -226,9 +240,18 @@ class SlotStore:
 
     def append(self, at: Tensor, key: Tensor, value: Tensor) -> None:
         """Writes each row's new token `[B, G, D]` into slot `at` `[B, G]`, with fresh state."""
+        self.enter(at)
+        self.write(at, key, value)
+
+    def write(self, at: Tensor, key: Tensor, value: Tensor) -> None:
+        """The vectors of `append`."""
         where = (self._rows, self._heads, at)
         self.codec.encode(self.keys, where, key)
         self.codec.encode(self.values, where, value)
+
+    def enter(self, at: Tensor) -> None:
+        """All of `append` but the vectors."""
+        where = (self._rows, self._heads, at)
         self.positions[where] = self.seen[:, None].to(torch.int32).expand_as(at)
         self.valid[where] = True
         for values in self.state.values():
@@ -304,11 +327,11 @@ class SlotStore:
     # -- looking in from outside --------------------------------------------------------------------------------------
 
     def bytes(self) -> int:
-        """Bytes of every tensor that this store allocated."""
+        """Bytes of every tensor of this store, which are views where layers share one memory."""
         tensors: list[Tensor] = [*self.keys, *self.values]
         for value in vars(self).values():
             tensors += [value] if isinstance(value, Tensor) else list(value.values()) if isinstance(value, dict) else []
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def snapshot(self, row: int, head: int) -> dict[str, Any]:
         """What one head of one row holds, by position; for tests and `auvsum inspect`."""

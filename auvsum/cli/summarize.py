@@ -19,7 +19,7 @@ from auvsum.ui.console import Console
 
 _SETTING_FLAGS = (
     *("model", "policy", "budget", "budget_scope", "kv_bits", "strategy", "chunk", "max_tokens", "sentences", "words"),
-    *("template", "instruction", "device", "dtype", "threads", "temperature", "top_p"),
+    *("template", "instruction", "device", "dtype", "weights", "threads", "temperature", "top_p"),
     *("repetition_penalty", "seed", "truncate", "download"),
     *("query", "style", "cite", "window", "batch_size", "timeout"),
 )
@@ -70,6 +70,7 @@ def command(
     address: options.Address = None,
     workers: options.Workers = None,
     dtype: options.Dtype = None,
+    weights: options.Weights = None,
     threads: options.Threads = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,

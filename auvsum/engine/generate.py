@@ -28,6 +28,7 @@ from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.engine.fuse import fuse
 from auvsum.engine.graph import NOT_FINITE, RESTS, DecodeGraph, why_not
+from auvsum.engine.lean import lean_step, straighten_head
 from auvsum.engine.memory import MOST_ROWS, cache_shape, devices_of, is_out_of_memory, release_memory, rows_that_fit
 from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
@@ -103,7 +104,8 @@ class _Row:
 class Engine:
     """Reads prompts and writes continuations over a budgeted cache.
 
-    On a GPU the decode step is one CUDA graph; elsewhere, and without Triton, it is plain torch.
+    On a GPU the decode step is one CUDA graph; on a CPU it is `engine/lean.py` where that knows the model; elsewhere,
+    and without Triton, it is the one of transformers.
 
     Args:
         model: a transformers decoder; its attention implementation is set to "auvsum".
@@ -134,6 +136,8 @@ class Engine:
         self.device: torch.device = next(model.parameters()).device
         self.windows = layer_windows(model.config)
         model.set_attn_implementation("auvsum")
+        straighten_head(model)
+        self.lean = lean_step(model)
         #: Documents that are being written together.
         self.rows = 1
         self._told: dict[int, int] = {}
@@ -313,6 +317,8 @@ class Engine:
     @torch.no_grad()
     def _step(self, cache: AnyCache, tokens: list[int], positions: list[int]) -> Tensor:
         """The next token of every row; logits `[B, V]`."""
+        if self.lean is not None:
+            return self.lean(torch.tensor(tokens), torch.tensor(positions), cache)
         out = self.model(
             torch.tensor(tokens, device=self.device)[:, None],
             position_ids=torch.tensor(positions, device=self.device)[:, None],

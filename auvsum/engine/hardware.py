@@ -19,6 +19,8 @@ DTYPES = {
     "float32": "float32",
 }
 
+WEIGHTS = ("auto", "bf16", "int8")
+
 
 def choose_device(device: str = "auto") -> torch.device:
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
@@ -69,6 +71,19 @@ def choose_dtype(dtype: str, device: torch.device, checkpoint: torch.dtype | Non
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
     return checkpoint if checkpoint in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def choose_weights(weights: str, device: torch.device) -> str:
+    """`bf16` (as the dtype says) or `int8`; `auto` is bf16, which costs no quality.
+
+    Raises:
+        ConfigError: an unknown name. DeviceError: 8 bits on a GPU.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights {weights!r} are unknown", f"use one of {', '.join(WEIGHTS)}")
+    if weights == "int8" and device.type != "cpu":
+        raise DeviceError("8-bit weights run on a CPU", "use --device cpu, or --weights bf16")
+    return "bf16" if weights == "auto" else weights
 
 
 def cpu_has_bf16() -> bool:

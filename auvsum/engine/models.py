@@ -47,6 +47,7 @@ class LoadedModel:
         shape: what one token costs in its full cache.
         eos_ids: every token that ends its text.
         device: of its input. devices: all that its layers are on.
+        weights: `bf16` where they are as `dtype` says, or `int8`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LoadedModel:
     dtype: torch.dtype
     load_seconds: float
     devices: tuple[torch.device, ...] = ()
+    weights: str = "bf16"
 
     @property
     def runs_on(self) -> str:
@@ -72,6 +74,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str = "auto",
     threads: int | None = None,
     download: bool = False,
     progress: Progress = silent,
@@ -83,6 +86,7 @@ def load(
         device: `auto`, `cpu`, `cuda` or `cuda:N`; `cuda:0+cuda:1` spreads the layers over both, as `auto` does over all
             GPUs when one has no room for the weights.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
+        weights: `auto`, `bf16` (as `dtype` says) or `int8`.
         threads: CPU threads; torch's own choice without it.
         download: whether the model may be fetched if it is not here.
         progress: hears one line at the start of anything that takes long.
@@ -101,12 +105,14 @@ def load(
 
     from auvsum.engine import split
     from auvsum.engine.memory import cache_shape, devices_of, free_bytes
+    from auvsum.engine.weights import quantize_weights
 
     if threads is not None:
         torch.set_num_threads(threads)
     places = hardware.choose_devices(device)
     stored = _stored_dtype(checkpoint.read_config(path))
     kind = hardware.choose_dtype(dtype, places[0], stored)
+    held = hardware.choose_weights(weights, places[0])
     if device == "auto" and places[0].type == "cuda" and free_bytes(places[0]) < split.needed(path, kind, stored):
         places = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if places[0].type == "cuda":
@@ -120,6 +126,8 @@ def load(
         ) from error
     if len(places) > 1:
         split.follow(model)
+    if held == "int8":
+        quantize_weights(model)
     return LoadedModel(
         name=name,
         path=path,
@@ -132,6 +140,7 @@ def load(
         devices=tuple(devices_of(model)),
         dtype=kind,
         load_seconds=time.perf_counter() - start,
+        weights=held,
     )
 
 

@@ -19,6 +19,7 @@ class Full(SlotPolicy):
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "-"
     evicts: ClassVar[str] = "never"
+    looks: ClassVar[bool] = False
 
     def observe_chunk(self, attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
         """There is nothing to learn."""

@@ -1,0 +1,104 @@
+"""Layers that keep their books together: what a policy does in a decode step, done once for all of them.
+
+On a CPU the forty small operations of AUV's bookkeeping cost more to call than to compute, and they were called for
+every layer. Nothing of them is needed before the next token: a layer's attention needs only which slot its token takes.
+So the stores of like layers share one memory in which row `layer * B + b` is row `b` of a layer; `place` is asked once
+before the first layer, and behind the last one the probabilities of all layers are computed again, in one product, and
+observed once. Policies see a store with more rows and notice nothing. The attention itself is the library's fused one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from auvsum.cache.codec import Codec
+from auvsum.cache.policy import SlotPolicy
+from auvsum.cache.store import SlotStore
+
+
+class Books:
+    """The books of one layer, or of several like layers.
+
+    Args:
+        stores: the layers' stores, in the order in which a step visits them. whole: the store over all their rows.
+    """
+
+    def __init__(self, stores: list[SlotStore], whole: SlotStore) -> None:
+        self.stores = stores
+        self.whole = whole
+        self._at: tuple[Tensor, ...] = ()
+        self._mask: tuple[Tensor | None, ...] = ()
+        self._queries: list[Tensor] = []
+        self._seen: list[Tensor] = []
+
+    @classmethod
+    def shared(cls, layers: list[int], *, batch: int, **like: Any) -> Books:
+        """Stores for layers with these numbers, in one memory. `like` is what each of them is made of."""
+        whole = SlotStore(batch=len(layers) * batch, layer=layers[0], **like)
+        if len(layers) == 1:
+            return cls([whole], whole)
+        return cls([whole.part(number * batch, batch, layer) for number, layer in enumerate(layers)], whole)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether `attend` may be used: keys can be read again without being decoded again."""
+        return self.whole.valid.device.type == "cpu" and type(self.whole.codec) is Codec
+
+    def admit(self, policy: SlotPolicy, number: int, key: Tensor, value: Tensor) -> None:
+        """Writes a layer's new tokens `[B, G, D]` to the slots the policy gives them, before the first layer for all.
+
+        Args:
+            number: the layer's, in the order of `stores`.
+        """
+        if number == 0:
+            self._queries, self._seen = [], []
+            at = policy.place(self.whole)
+            self.whole.enter(at)
+            self._at = torch.split(at, at.shape[0] // len(self.stores))
+            self._mask = self._hide(key.dtype) if self.recalls else ()
+            for store in self.stores:
+                store.decoded()
+        self.stores[number].write(self._at[number], key, value)
+
+    def _hide(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """What is added to each layer's logits, `[B, G, 1, S (+ 1)]`; None where all slots are live."""
+        valid = self.whole.valid
+        if bool(valid.all()):
+            return (None,) * len(self.stores)
+        mask = torch.zeros(valid.shape, dtype=dtype).masked_fill_(~valid, -torch.inf)[:, :, None]
+        return torch.split(mask, mask.shape[0] // len(self.stores))
+
+    def attend(self, policy: SlotPolicy, number: int, query: Tensor, scale: float) -> Tensor:
+        """A layer's attention `[B, G, R, D]` over its slots; behind the last layer the policy observes all of them.
+
+        Args:
+            query: `[B, G, R, D]`, R query heads a KV head.
+        """
+        keys, values = self.stores[number].read()
+        # The heads of a group are rows of one attention, so that keys and values are not repeated.
+        out = functional.scaled_dot_product_attention(query, keys, values, self._mask[number], scale=scale)
+        if policy.looks:
+            self._queries.append(query)
+        if number == len(self.stores) - 1:
+            policy.observe(self.whole, self._recall(scale) if policy.looks else query.new_empty(0))
+            self._queries, self._at, self._mask = [], (), ()
+        return out
+
+    def _recall(self, scale: float) -> Tensor:
+        """The probabilities of all layers: fp32 `[L * B, G, S (+ 1)]`."""
+        keys, _ = self.whole.read()
+        queries = torch.cat(self._queries) if len(self._queries) > 1 else self._queries[0]
+        logits = (queries @ keys.transpose(-1, -2)).float().mul_(scale)
+        probabilities = logits.masked_fill_(~self.whole.valid[:, :, None], -torch.inf).softmax(-1)
+        return probabilities.mean(2) if probabilities.shape[2] > 1 else probabilities[:, :, 0]
+
+    def observe(self, policy: SlotPolicy, probabilities: Tensor) -> None:
+        """Takes a layer's probabilities `[B, G, S (+ 1)]`; with the last layer's the policy observes all of them."""
+        self._seen.append(probabilities)
+        if len(self._seen) == len(self.stores):
+            policy.observe(self.whole, torch.cat(self._seen) if len(self._seen) > 1 else probabilities)
+            self._seen, self._at = [], ()

@@ -1,0 +1,150 @@
+"""The lean decode step and the 8-bit weights, held against transformers' own step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Linear
+from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from auvsum.cache.cache import BudgetedCache
+from auvsum.engine.lean import lean_step
+from auvsum.engine.weights import Int8Embedding, Int8Linear, quantize_weights
+from tests import tiny
+from tests.numerics import harness
+
+SIZES: dict[str, Any] = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": tiny.HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def opt_350m() -> Any:
+    """Norms behind the layers, and projections around narrow embeddings."""
+    config = OPTConfig(
+        **SIZES, word_embed_proj_dim=16, ffn_dim=64, max_position_embeddings=512, do_layer_norm_before=False
+    )
+    return tiny._sharpen(OPTForCausalLM(config).float(), 1)
+
+
+def mistral() -> Any:
+    """Layers with a sliding window."""
+    config = MistralConfig(**SIZES, intermediate_size=64, num_key_value_heads=2, head_dim=8, sliding_window=16)
+    return tiny._sharpen(MistralForCausalLM(config).float(), 2)
+
+
+def qwen2() -> Any:
+    """Biases for query, key and value."""
+    config = Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=2)
+    return tiny._sharpen(Qwen2ForCausalLM(config).float(), 3)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "opt": tiny.tiny_opt,
+    "opt-350m": opt_350m,
+    "llama": tiny.tiny_llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+}
+PROMPT, STEPS = 40, 30
+
+
+def decode(model: Any, step: Any, policy: str, rows: int = 2) -> torch.Tensor:
+    """Logits `[STEPS, rows, V]` of a forced continuation, evictions included."""
+    ids = torch.cat([tiny.tokens(PROMPT + STEPS, seed=60 + row) for row in range(rows)])
+    cache = BudgetedCache(model.config, policy, 20) if policy != "full" else BudgetedCache(model.config, policy)
+    found = []
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        model(ids[:, :PROMPT], past_key_values=cache)
+        for at in range(PROMPT, PROMPT + STEPS):
+            positions = torch.full((rows,), at)
+            if step is None:
+                out = model(ids[:, at : at + 1], position_ids=positions[:, None], past_key_values=cache)
+                found.append(out.logits[:, -1])
+            else:
+                found.append(step(ids[:, at], positions, cache))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("policy", ["auv", "h2o", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_lean_step_is_the_models_own(name: str, policy: str) -> None:
+    if name == "mistral" and policy != "full":
+        pytest.skip("every layer of this model has a sliding window")
+    model = MODELS[name]()
+    wanted = decode(model, None, policy)
+    step = lean_step(model)
+    assert step is not None
+    assert (decode(model, step, policy) - wanted).abs().max() < 1e-4
+    # Its packed weights are the model's own, which goes on working.
+    assert torch.allclose(decode(model, None, policy), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_weights_are_held_once(name: str) -> None:
+    model = MODELS[name]()
+    before = held(model)
+    lean_step(model)
+    assert held(model) == before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_bits_are_held_once_and_come_close(name: str) -> None:
+    model = MODELS[name]()
+    plain = decode(model, None, "full")
+    linear = {layer.weight.data_ptr(): layer.weight.nbytes for layer in model.modules() if type(layer) is Linear}
+    most = held(model) - 0.65 * sum(linear.values())  # a quarter stays, and the scales of these small layers
+    quantize_weights(model)
+    assert not any(type(module) is Linear for module in model.modules())
+    assert held(model) < most
+    own = decode(model, None, "full")
+    assert (own - plain).abs().mean() < 0.05 * plain.std()
+    lean = decode(model, lean_step(model), "full")
+    assert (lean - own).abs().max() < 1e-4
+    assert held(model) < most
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_eight_bit_layer_is_its_rounded_weight(rows: int, bias: bool) -> None:
+    """Few rows and many take different ways."""
+    torch.manual_seed(0)
+    linear = Linear(64, 48, bias=bias)
+    layer = Int8Linear(copy.deepcopy(linear))
+    rounded = layer.weight.float() * layer.scale[:, None]
+    assert (rounded - linear.weight).abs().max() <= layer.scale.max() / 2 + 1e-7
+    x = torch.randn(2, rows, 64)
+    wanted = torch.nn.functional.linear(x, rounded, linear.bias)
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+
+
+def test_a_tied_embedding_reads_the_heads_eight_bits() -> None:
+    config = OPTConfig(**SIZES, word_embed_proj_dim=tiny.HIDDEN, ffn_dim=64, tie_word_embeddings=True)
+    model = OPTForCausalLM(config).eval()
+    table = model.get_input_embeddings().weight.detach().clone()
+    quantize_weights(model)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, Int8Embedding)
+    assert embedding.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    with torch.no_grad():
+        found = embedding(torch.arange(tiny.VOCAB))
+    assert (found - table).abs().max() <= embedding.scale.max() / 2 + 1e-7
+
+
+def held(model: Any) -> int:
+    """Bytes of everything that the model's modules hold, each storage once."""
+    found = {}
+    for module in model.modules():
+        for value in [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]:
+            if isinstance(value, torch.Tensor):
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(found.values())
