@@ -235,7 +235,8 @@ class Engine:
             row.check_time()
         if isinstance(cache, HeadsCache):
             span = request.document or (0, total)
-            look = heads.second_look(self.model, cache, number, request.ids, span, int(logits.argmax()))
+            first = int(logits.argmax())
+            look = heads.second_look(self.model, cache, number, request.ids, span, first, self.lean)
             cache.settle(number, look)
             row.check_time()
         compacted = cache.end_prompt(number)
