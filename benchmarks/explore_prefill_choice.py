@@ -34,9 +34,9 @@ from auvsum.engine.models import load
 from auvsum.kernels.column_scores import attend_chunk
 from auvsum.text.prompts import build_prompt
 
-SETTINGS = ((0.10, "16"), (0.30, "4-bit/32"), (0.12, "4-bit/32"), (0.06, "4-bit/32"))
+SETTINGS = ((0.30, "4-bit/64 rotated"), (0.12, "4-bit/64 rotated"), (0.06, "4-bit/64 rotated"))
 CODECS = ("8-bit/64", "4-bit/32", "4-bit/64", "4-bit/32 rotated", "4-bit/64 rotated", "3-bit/32", "3-bit/32 rotated")
-SHARING = ("layers alike", "over layers", "over heads")
+SHARING = ("over heads",)
 
 
 class Probe:
@@ -57,6 +57,8 @@ class Probe:
         self.keep: list[Tensor] | None = None
         self.codec = "16"
         self.watch: Any = None
+        #: While a draft is written: its keys and values so far, layer by layer.
+        self.own: list[Any] | None = None
         AttentionInterface.register("probe", self._attention)
 
     def _attention(
@@ -73,8 +75,14 @@ class Probe:
         logits = grouped @ held.float()[:, None].transpose(-1, -2) * scaling
         if self.keep is not None:
             logits = logits.masked_fill(~self.keep[module.layer_idx][:, None, None], -1e30)
+        if self.own is not None:
+            before = self.own[module.layer_idx]
+            if before is not None:
+                key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+            self.own[module.layer_idx] = (key, value)
         own = grouped @ key[0].float()[:, None].transpose(-1, -2) * scaling
-        own = own.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool, device=self.device).tril(), -1e30)
+        later = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=self.device).tril(key.shape[2] - tokens)
+        own = own.masked_fill(~later, -1e30)
         probabilities = torch.cat([logits, own], -1).softmax(-1)
         size = held.shape[1]
         if self.watch is not None:
@@ -125,6 +133,18 @@ class Probe:
         nats = -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
         return float((logits.argmax(-1) == target).float().mean()), nats
 
+    @torch.no_grad()
+    def draft(self, keep: list[Tensor], codec: str, last: int, start: int, most: int) -> list[int]:
+        """What a model that sees only the kept keys writes after the prompt, greedily."""
+        self.keep, self.codec = keep, codec
+        self.own = [None] * self.layers
+        written, token = [], last
+        for step in range(most):
+            token = int(self.after([token], start + step)[-1].argmax())
+            written.append(token)
+        self.keep, self.codec, self.own = None, "16", None
+        return written
+
 
 def coded(x: Tensor, codec: str) -> Tensor:
     """What is left of keys or values `[G, n, D]` after `BITS-bit/GROUP [rotated]`: minimum, scale in fp16 a group."""
@@ -145,8 +165,10 @@ def coded(x: Tensor, codec: str) -> Tensor:
     return ((steps * scale + low).view_as(x) @ turn.T).to(x.dtype)
 
 
-def scores(probe: Probe, ids: list[int], document: tuple[int, int], summary: list[int]) -> dict[str, list[Tensor]]:
-    """Ways to score the prompt's tokens: for each, a list over layers of `[G, n]`."""
+def scores(
+    probe: Probe, ids: list[int], document: tuple[int, int], summary: list[int], wanted: set[str]
+) -> dict[str, list[Tensor]]:
+    """Ways to score the prompt's tokens: for each, a list over layers of `[G, n]`; none wanted is all."""
     n = len(ids)
     count = torch.arange(n, 0, -1, device=probe.device).float()
     found: dict[str, list[Tensor]] = defaultdict(list)
@@ -156,40 +178,70 @@ def scores(probe: Probe, ids: list[int], document: tuple[int, int], summary: lis
         plain, scaled = chunk.column_sums(), chunk.column_sums(chunk.keys_seen / n)
         found["h2o (0, 0)"].append(plain)
         found["auv (1, 1)"].append(scaled / count)
-        found["(1, .5)"].append(scaled / count**0.5)
-        found["(0, -.5)"].append(plain * count**0.5)
-        found["(0, .5)"].append(plain / count**0.5)
         last = at["query"][:, -instruction:].float().view(probe.groups, -1, instruction, at["query"].shape[-1])
         logits = last @ at["key"].float()[:, None].transpose(-1, -2) * at["scaling"]
         later = (
             torch.arange(n, device=probe.device)[None] > torch.arange(n - instruction, n, device=probe.device)[:, None]
         )
         seen = logits.masked_fill(later, -1e30).softmax(-1)
-        found["instruction-sum"].append(seen.sum(2).mean(1))
-        found["instruction"].append(seen.amax((1, 2)))
-    again = probe.loaded.tokenizer("\n\nRepeat the text above:\n", add_special_tokens=False).input_ids
-    for name, queries in (("again", again + ids[slice(*document)]), ("draft", summary[:16]), ("oracle", summary)):
-        found[name], found[f"{name}-sum"] = second_look(probe, queries, n)
-    found["again+instruction+draft"] = [
-        torch.stack(three).amax(0) for three in zip(found["again"], found["instruction"], found["draft"], strict=True)
-    ]
-    return found
+        found["instruction"].append(seen.sum(2).mean(1) / instruction)
+    text = ids[slice(*document)]
+    ask = probe.loaded.tokenizer("\n\nRepeat the text above:\n", add_special_tokens=False).input_ids
+    looks = {
+        "again": ask + text,
+        "reply": text,
+        "half": ask + [t for i in range(0, len(text), 128) for t in text[i : i + 64]],
+        "quarter": ask + [t for i in range(0, len(text), 128) for t in text[i : i + 32]],
+        "lead64": text[:64],
+        "lead128": text[:128],
+        "draft16": summary[:16],
+        "draft32": summary[:32],
+        "oracle": summary,
+    }
+    for name, queries in looks.items():
+        highest, total, usage = second_look(probe, queries, n)
+        found[f"{name} max"], found[f"{name}"], found[f"{name} usage"] = highest, total, usage
+    norms = [at["value"].float().norm(dim=-1) for at in probe.memory]
+    found["again x value norm"] = [a * v for a, v in zip(found["again"], norms, strict=True)]
+    found["again usage+sum"] = mixed(found["again usage"], found["again"], 0.5)
+    for base in ("again", "instruction", "lead128"):
+        for share in (0.12, 0.06):
+            keep = choose(found[base], share, "over heads", document, True)
+            own = summary[:1] + probe.draft(keep, "4-bit/64 rotated", summary[0], n, 64)
+            total = second_look(probe, own, n)[1]
+            found[f"own draft ({base} {share:.0%})"] = total
+            found[f"again + own draft ({base} {share:.0%})"] = mixed(found["again"], total, 0.5)
+    for other in ("instruction", "lead64", "lead128", "draft16", "draft32"):
+        for weight in (0.25, 0.5, 0.75):
+            found[f"again + {weight} {other}"] = mixed(found["again"], found[other], weight)
+    return {name: rows for name, rows in found.items() if not wanted or name in wanted}
 
 
-def second_look(probe: Probe, queries: list[int], n: int, chunk: int = 2048) -> tuple[list[Tensor], list[Tensor]]:
-    """Highest, and summed, attention that more tokens behind the prompt pay to its keys."""
-    highest = [torch.zeros(probe.groups, n, device=probe.device) for _ in range(probe.layers)]
-    total = [torch.zeros(probe.groups, n, device=probe.device) for _ in range(probe.layers)]
+def mixed(one: list[Tensor], other: list[Tensor], weight: float) -> list[Tensor]:
+    """Two scores, each with the same mass in all, the second with this weight of the whole."""
+    masses = [sum(float(x.sum()) for x in score) for score in (one, other)]
+    return [a / masses[0] * (1 - weight) + b / masses[1] * weight for a, b in zip(one, other, strict=True)]
+
+
+def second_look(probe: Probe, queries: list[int], n: int, chunk: int = 1024) -> tuple[list[Tensor], ...]:
+    """Highest attention, and the sum, that more tokens behind the prompt pay to its keys; and how many of them have
+    a key among their n / 16 most attended (any query head of the group)."""
+    highest, total, usage = (
+        [torch.zeros(probe.groups, n, device=probe.device) for _ in range(probe.layers)] for _ in range(3)
+    )
 
     def watch(layer: int, probabilities: Tensor) -> None:
         highest[layer] = torch.maximum(highest[layer], probabilities.amax((1, 2)))
         total[layer] += probabilities.mean(1).sum(1)
+        mean = probabilities.mean(1)
+        least = mean.topk(max(1, n // 16), -1).values[..., -1:]
+        usage[layer] += (mean >= least).sum(1)
 
     probe.watch = watch
     for start in range(0, len(queries), chunk):
         probe.after(queries[start : start + chunk], n)
     probe.watch = None
-    return highest, total
+    return highest, total, usage
 
 
 def choose(ranking: list[Tensor], share: float, sharing: str, document: tuple[int, int], protect: bool) -> list[Tensor]:
@@ -249,11 +301,11 @@ def documents(
 
 
 def explore(
-    probe: Probe, name: str, prompts: list[tuple[list[int], tuple[int, int]]], seconds: float
-) -> dict[str, Any]:
-    """All settings on a set of documents, as many as the time allows."""
+    probe: Probe, name: str, prompts: list[tuple[list[int], tuple[int, int]]], seconds: float, wanted: set[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Agreement and nats lost of every setting on each document, as many as the time allows."""
     results: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    began, done = time.perf_counter(), 0
+    began = time.perf_counter()
     for ids, document in prompts:
         if time.perf_counter() - began > seconds:
             break
@@ -268,48 +320,72 @@ def explore(
             agreement, nats = probe.loss(keep, codec, summary, n)  # noqa: B023
             results[key].append((agreement, float((nats - reference).mean())))  # noqa: B023
 
-        for score, ranking in scores(probe, ids, document, summary).items():
+        for score, ranking in scores(probe, ids, document, summary, wanted).items():
             for share, codec in SETTINGS:
                 for sharing in SHARING:
                     keep = choose(ranking, share, sharing, document, name != "xsum5")
                     note(f"{share:.0%} of tokens, {codec} | {score} | {sharing}", keep, codec)
         for codec in CODECS:
             note(f"100% of tokens, {codec} | full | -", None, codec)
-        done += 1
-    table = {
-        key: {"agreement": statistics.fmean(a for a, _ in found), "nats_lost": statistics.fmean(b for _, b in found)}
-        for key, found in results.items()
-    }
-    return {"set": name, "documents": done, "rows": table}
+    return results
+
+
+def report(sets: dict[str, dict[str, list[tuple[float, float]]]]) -> list[dict[str, Any]]:
+    """Prints the means, best first, and returns them."""
+    found = []
+    for name, results in sets.items():
+        documents = max(map(len, results.values()), default=0)
+        print(f"\n{name}: {documents} documents")
+        rows, groups = {}, defaultdict(list)
+        for key, pairs in results.items():
+            agreement, nats = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+            rows[key] = {"agreement": round(agreement, 4), "nats_lost": round(nats, 4)}
+            groups[key.split(" | ")[0]].append((nats, agreement, key))
+        for setting, lines in groups.items():
+            print(f"  {setting}")
+            for nats, agreement, key in sorted(lines)[:20]:
+                print(f"    {' | '.join(key.split(' | ')[1:]):45s} agreement {agreement:.3f}  nats lost {nats:.3f}")
+        found.append({"set": name, "documents": documents, "rows": rows})
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data-dir", type=Path, required=True, help="folder with cnndm.jsonl, beigebook.jsonl, xsum.jsonl"
-    )
+    parser.add_argument("--data-dir", type=Path, help="folder with cnndm.jsonl, beigebook.jsonl, xsum.jsonl")
     parser.add_argument("--sets", default="cnndm,beigebook,xsum5")
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--longest", type=int, default=4000, help="document tokens read")
     parser.add_argument("--seconds", type=float, default=600, help="at most this long a set")
+    parser.add_argument("--scores", default="", help="only these, separated by ';'")
+    parser.add_argument(
+        "--part", default="0/1", help="of the documents: i/n takes every nth, for processes side by side"
+    )
+    parser.add_argument("--raw", type=Path, help="where a part writes what it found of each document")
+    parser.add_argument("--merge", type=Path, nargs="+", help="report what parts have written")
     parser.add_argument("--model")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    probe = Probe(args.model, args.device)
-    found = []
-    for name in args.sets.split(","):
-        prompts = documents(probe, name, args.data_dir, args.documents, args.longest)
-        result = explore(probe, name, prompts, args.seconds)
-        found.append(result)
-        print(f"\n{name}: {result['documents']} documents")
-        groups = defaultdict(list)
-        for key, row in result["rows"].items():
-            groups[key.split(" | ")[0]].append((row["nats_lost"], row["agreement"], key))
-        for setting, rows in groups.items():
-            print(f"  {setting}")
-            for nats, agreement, key in sorted(rows)[:10]:
-                print(f"    {' | '.join(key.split(' | ')[1:]):45s} agreement {agreement:.3f}  nats lost {nats:.3f}")
-    print(json.dumps({"machine": common.machine(), "model": probe.loaded.name, "sets": found}))
+    sets: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    model = ""
+    if args.merge:
+        for path in args.merge:
+            part = json.loads(path.read_text())
+            model = part["model"]
+            for name, results in part["sets"].items():
+                for key, pairs in results.items():
+                    sets.setdefault(name, {}).setdefault(key, []).extend(pairs)
+    else:
+        probe = Probe(args.model, args.device)
+        model = probe.loaded.name
+        index, parts = map(int, args.part.split("/"))
+        wanted = set(filter(None, args.scores.split(";")))
+        for name in args.sets.split(","):
+            prompts = documents(probe, name, args.data_dir, args.documents, args.longest)[index::parts]
+            sets[name] = explore(probe, name, prompts, args.seconds, wanted)
+    if args.raw:
+        args.raw.write_text(json.dumps({"model": model, "sets": sets}))
+        return
+    print(json.dumps({"machine": common.machine(), "model": model, "sets": report(sets)}))
 
 
 if __name__ == "__main__":

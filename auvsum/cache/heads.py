@@ -530,8 +530,8 @@ def second_look(
 
     Args:
         ids: the prompt. document: the span of it that is the document. first: the first token of the summary; None
-            drafts nothing. step: one token `[1]` at a position `[1]` -> logits `[1, V]`, where the engine has a faster way
-        than the model's.
+            drafts nothing. step: one token `[1]` at a position `[1]` -> logits `[1, V]`, where that is faster than the
+            model's own.
 
     Returns:
         None when the budget holds the whole prompt: there is nothing to choose.
@@ -564,11 +564,11 @@ def second_look(
         return int(step(torch.tensor([token]), torch.tensor([position]), cache).argmax())
 
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    step = _LOOK_CHUNK if limit is None else min(_LOOK_CHUNK, limit - tokens)
-    if again and step > 0:
+    chunk = _LOOK_CHUNK if limit is None else min(_LOOK_CHUNK, limit - tokens)
+    if again and chunk > 0:
         with cache.looking(row) as seen:
-            for start in range(0, len(again), step):
-                see(again[start : start + step], tokens)
+            for start in range(0, len(again), chunk):
+                see(again[start : start + chunk], tokens)
         looked = torch.stack([layer.total / layer.queries for layer in seen])
     draft = policy.draft if limit is None else min(policy.draft, limit - tokens)
     if first is not None and draft > 0:
