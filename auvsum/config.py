@@ -40,6 +40,7 @@ class Settings:
     """One run, completely described. Field names are the flag names with underscores.
 
     Attributes:
+        policy: a name, or `auto`: `auv-look` on a CPU, where the budget binds and a prompt is read at once; else `auv`.
         kv_bits: of a stored key or value, or `auto`: the most with which a policy that chooses by head holds
             everything, else 4; 16 with the other policies, as their papers have it.
         chunk: tokens read at a time by the `stream` strategy.
@@ -56,7 +57,7 @@ class Settings:
     """
 
     model: str = "smollm2-135m-instruct"
-    policy: str = "auv"
+    policy: str = "auto"
     policy_options: dict[str, Any] = field(default_factory=dict)
     budget: str = "auto"
     budget_scope: Scope = "bytes"

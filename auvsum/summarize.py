@@ -164,6 +164,11 @@ class Summarizer:
         self.loaded = loaded
         self.settings = settings
         self.policy = _policy(settings)
+        #: What `auto` prefers: it holds a whole prompt until it has chosen, and its decode step is plain torch.
+        self.second_look: Policy | None = None
+        wished = settings.policy == "auto" and not settings.policy_options
+        if wished and loaded.device.type == "cpu" and not loaded.shape.windows:
+            self.second_look = make_policy("auv-look")
 
     @property
     def batch_size(self) -> int | None:
@@ -251,7 +256,7 @@ class Summarizer:
                 f"the last {cut:,} of {document_tokens:,} document tokens were cut to fit the model's "
                 f"{self.loaded.max_positions:,} positions"
             )
-        policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens, free)
+        policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens, free, self.second_look or self.policy)
         warnings += _budget_warnings(policy, budget)
         return Plan(prompt, document_tokens, cut, max_new_tokens, strategy, policy, budget, tuple(warnings), bits=bits)
 
@@ -264,7 +269,8 @@ class Summarizer:
             number = len(strategies.cut_windows(text, how.room, loaded.tokenizer))
             warnings = strategies.explain(strategy, prompt, loaded, settings, number)
             frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
-            policy, budget, bits = self._budget(min(len(prompt.ids), how.room + frame), max_new_tokens, free)
+            tokens = min(len(prompt.ids), how.room + frame)
+            policy, budget, bits = self._budget(tokens, max_new_tokens, free, self.second_look or self.policy)
         elif over:
             policy, bits = strategies.must_evict(self.policy), _bits(settings)
             most = strategies.stream_slots(loaded, settings.chunk, max_new_tokens)
@@ -272,7 +278,7 @@ class Summarizer:
             parts, warning = strategies.stream_parts(prompt, max_new_tokens, settings.chunk, loaded, policy, budget)
             warnings = [warning]
         else:
-            policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens, free)
+            policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens, free, self.policy)
             warnings = []
         warnings += _budget_warnings(policy, budget)
         tokens = prompt.document[1] - prompt.document[0]
@@ -402,38 +408,44 @@ class Summarizer:
         limit = self.loaded.max_positions
         return limit is not None and len(prompt.ids) + max_new_tokens > limit
 
-    def _budget(self, prompt_tokens: int, max_new_tokens: int, free: int) -> tuple[Policy, ResolvedBudget, int]:
+    def _budget(
+        self, prompt_tokens: int, max_new_tokens: int, free: int, policy: Policy
+    ) -> tuple[Policy, ResolvedBudget, int]:
         """The policy that runs, its budget and its bits: `auto` means the full cache when there is room for it."""
         budget = parse_budget(self.settings.budget, self.settings.budget_scope)
+        bits = _bits(self.settings)
 
         def resolved(policy: Policy, bits: int) -> ResolvedBudget:
             return self._resolve(policy, prompt_tokens, max_new_tokens, free, bits)
 
-        full = self.policy if self.policy.name == "full" else make_policy("full")
-        if budget.kind == "auto" or self.policy.name == "full":
-            bits = _bits(self.settings)
+        full = policy if policy.name == "full" else make_policy("full")
+        if budget.kind == "auto" or policy.name == "full":
             unbound = resolved(full, bits)
             if unbound.never_binds:
                 return full, unbound, bits
-            if self.policy.name == "full":
+            if policy.name == "full":
                 raise BudgetError(
                     f"the full cache of {prompt_tokens:,} + {max_new_tokens} tokens does not fit budget {budget.asked}",
                     "use --policy auv, which evicts, or --budget auto",
                 )
-        if not (self.policy.by_head and self.settings.kv_bits == "auto"):
-            bits = _bits(self.settings)
-            return self.policy, resolved(self.policy, bits), bits
+        if not policy.by_head:
+            return policy, resolved(policy, bits), bits
         # As many bits as hold everything; where none do, few bits lose less than few tokens (docs/LOG.md).
-        for bits in (16, 8, 4):
+        choices = (16, 8, 4) if self.settings.kv_bits == "auto" else (bits,)
+        refusal: BudgetError | None = None
+        for bits in choices:
             try:
-                found = resolved(self.policy, bits)
-            except BudgetError:
-                if bits == 4:
-                    raise
+                found = resolved(policy, bits)
+            except BudgetError as error:
+                refusal = error
                 continue
-            if found.never_binds or bits == 4:
-                return self.policy, found, bits
-        raise AssertionError("unreachable")
+            if found.never_binds or bits == choices[-1]:
+                return policy, found, bits
+        assert refusal is not None
+        if policy is not self.second_look:
+            raise refusal
+        # `auto` goes on with the policy that works with the fewest slots.
+        return self._budget(prompt_tokens, max_new_tokens, free, self.policy)
 
     def _resolve(
         self,
@@ -532,8 +544,8 @@ class Writing:
 
 
 def _policy(settings: Settings) -> Policy:
-    """The policy that the settings ask for."""
-    return make_policy(settings.policy, **settings.policy_options)
+    """The policy that the settings ask for; of `auto` the one that reads in chunks and runs anywhere."""
+    return make_policy("auv" if settings.policy == "auto" else settings.policy, **settings.policy_options)
 
 
 def _bits(settings: Settings) -> int:

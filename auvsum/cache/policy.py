@@ -195,7 +195,7 @@ def keep_recent_and_best(scores: Tensor, recent: int, best: int) -> Tensor:
 
 
 #: Another name of the same keys.
-ALIASES = {"lm-infinite": "streaming"}
+ALIASES = {"auv-paper": "auv", "lm-infinite": "streaming"}
 
 
 def policy_names() -> list[str]:

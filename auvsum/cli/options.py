@@ -41,7 +41,7 @@ def _option(help_: str, *names: str, metavar: str | None = None) -> object:
 Model = Annotated[str | None, _option("Short name, folder, or hub id in the local cache.", metavar="NAME")]
 Download = Annotated[bool | None, _option("Allow a missing model to be downloaded.", "--download/--no-download")]
 
-Policy = Annotated[str | None, _option("What leaves the cache; `auvsum policies` lists the names.", metavar="NAME")]
+Policy = Annotated[str | None, _option("What leaves the cache: auto, or a name of `auvsum policies`.", metavar="NAME")]
 PolicyOption = Annotated[
     list[str] | None, _option("An option of the policy; repeatable.", "--policy-option", metavar="KEY=VALUE")
 ]
