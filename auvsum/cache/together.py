@@ -41,7 +41,9 @@ class Books:
         whole = SlotStore(batch=len(layers) * batch, layer=layers[0], **like)
         if len(layers) == 1:
             return cls([whole], whole)
-        return cls([whole.part(number * batch, batch, layer) for number, layer in enumerate(layers)], whole)
+        stores = [whole.part(number * batch, batch, layer) for number, layer in enumerate(layers)]
+        whole._heads = stores[0]._heads  # else a few bytes that no layer counts
+        return cls(stores, whole)
 
     @property
     def recalls(self) -> bool:

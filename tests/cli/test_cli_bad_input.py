@@ -35,7 +35,7 @@ def test_budgets(cli: Any, one_line: Callable[[str], None], budget: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--kv-bits", "3"], "kv_bits 3 is unknown"),
+        (["--kv-bits", "3"], "kv_bits '3' is unknown"),
         (["--chunk", "0"], "chunk must be at least 1"),
         (["--chunk", "many"], "--chunk"),
         (["--sentences", "0"], "sentences must be at least 1"),

@@ -220,11 +220,11 @@ def test_auto_follows_the_free_memory(model: str, monkeypatch: pytest.MonkeyPatc
     plan = one.plan(documents(9)[3].text)
     measured = []
 
-    def shrinking(device: Any) -> int:
-        measured.append(device)
+    def shrinking(devices: Any) -> int:
+        measured.append(devices)
         return 10**9 // len(measured)
 
-    monkeypatch.setattr("auvsum.summarize.free_bytes", shrinking)
+    monkeypatch.setattr("auvsum.summarize.free_over", shrinking)
     results = list(one.run(documents(9)))
     assert texts(results) == expected
     assert len(measured) == 1
