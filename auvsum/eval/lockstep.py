@@ -186,6 +186,8 @@ class _Batch:
             cache = self.caches[row.cache]
             if not isinstance(cache, HeadsCache):
                 continue
+            for layer in cache.layers:
+                layer.keeps_unpacked = True  # what is measured here is quality
             queries = cache.policy.queries
             if looks.get(queries) is None:
                 span = self.spans[document] if self.spans else (0, len(prompt))

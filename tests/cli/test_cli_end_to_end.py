@@ -53,7 +53,9 @@ def test_record(cli: Any, models: dict[str, str], family: str, budget: str) -> N
         assert record["policy"] == "full"
         assert "never binds" in result.err
     else:
-        assert record["policy"] == "auv"
+        assert record["policy"] == "auv-look"
+        assert record["budget"]["kv_bits"] == 4
+        assert kv["prefill_peak_bytes"] >= kv["full_bytes"] * tokens["document"] // tokens["prompt"]
         assert kv["peak_bytes"] < kv["full_bytes"]
         assert record["budget"]["slots"] < tokens["prompt"]
     if budget == "96":
@@ -81,7 +83,30 @@ def test_stream_reads_in_chunks(cli: Any, models: dict[str, str]) -> None:
         cli, models["llama"], "--strategy", "stream", "--chunk", "64", "--budget", "96", "--format", "json"
     )
     assert result.code == 0, result.err
-    assert json.loads(result.out)["strategy"] == "stream"
+    record = json.loads(result.out)
+    assert (record["strategy"], record["policy"], record["budget"]["kv_bits"]) == ("stream", "auv", 16)
+    assert record["kv"]["prefill_peak_bytes"] < record["kv"]["full_bytes"]
+
+
+def test_policy_auto_takes_what_the_budget_has_room_for(cli: Any, models: dict[str, str]) -> None:
+    """Sixteen slots are too few for a second look, and enough for the paper's policy; options are the paper's, too."""
+    for arguments in (("--budget", "16"), ("--budget", "96", "--policy-option", "decay=0.9")):
+        record = json.loads(summarize(cli, models["llama"], *arguments, "--format", "json").out)
+        assert (record["policy"], record["budget"]["kv_bits"]) == ("auv", 16), arguments
+    result = summarize(cli, models["llama"], "--budget", "16", "--policy", "auv-look")
+    assert result.code == 2
+    assert "needs at least 30" in result.err
+
+
+def test_few_bits_hold_more_tokens_in_the_same_bytes(cli: Any, models: dict[str, str]) -> None:
+    slots = {}
+    for bits in ("16", "8", "4"):
+        arguments = ("--budget", "25%", "--policy", "h2o", "--kv-bits", bits, "--format", "json")
+        record = json.loads(summarize(cli, models["llama"], *arguments).out)
+        slots[bits] = record["budget"]["slots"]
+        assert record["budget"]["kv_bits"] == int(bits)
+        assert record["kv"]["peak_bytes"] <= 0.25 * record["kv"]["full_bytes"]
+    assert slots["16"] < slots["8"] < slots["4"]
 
 
 def test_dry_run_writes_nothing(cli: Any, models: dict[str, str]) -> None:
