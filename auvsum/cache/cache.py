@@ -465,6 +465,10 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         """Bytes really allocated, over all layers and rows, policy state included."""
         return sum(layer.bytes for layer in self.layers)
 
+    def row_bytes(self, row: int) -> int:
+        """Those of one row: all have the same."""
+        return self.bytes() // self.rows
+
     @property
     def prefill_peak_bytes(self) -> int:
         """Bytes at the worst moment of a prompt: the stores, and one layer's chunk beside what it held."""

@@ -320,14 +320,11 @@ class HeadsLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # -- looking in from outside --------------------------------------------------------------------------------------
 
-    @property
-    def bytes(self) -> int:
-        """Bytes allocated by this layer."""
-        total = 0
-        for held in self.rows:
-            tensors = [held.key, held.value] if isinstance(held, Open) else held.tensors() if held else []
-            total += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        return total
+    def row_bytes(self, row: int) -> int:
+        """Bytes that a row has allocated in this layer."""
+        held = self.rows[row]
+        tensors = [held.key, held.value] if isinstance(held, Open) else held.tensors() if held else []
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     @property
     def heads(self) -> int:
@@ -400,8 +397,9 @@ class HeadsCache(Cache):  # type: ignore[misc]
             raise PolicyError(f"policy {self.policy.name!r} cannot stream", "use --policy auv or h2o")
         if slots is not None:
             self._granted[row] = _mean(slots)
+        self._peak = 0
         for layer in self.layers:
-            layer.rows[row], layer.active[row] = None, True
+            layer.rows[row], layer.active[row], layer.transient = None, True, 0
 
     @contextmanager
     def reading(self, row: int) -> Iterator[None]:
@@ -438,7 +436,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         try:
             yield found
         finally:
-            self._note_peak()
+            self._note_peak(row)
             for layer in self.layers:
                 layer.row, layer.looks, layer.draft = None, None, None
 
@@ -451,7 +449,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         Raises:
             PolicyError: no look, and more tokens than slots.
         """
-        self._note_peak()
+        self._note_peak(row)
         first = self.layers[0].rows[row]
         assert isinstance(first, Open)
         groups, tokens, size = first.key.shape
@@ -504,16 +502,19 @@ class HeadsCache(Cache):  # type: ignore[misc]
 
     def bytes(self) -> int:
         """Bytes really allocated, over all layers and rows, policy state included."""
-        return sum(layer.bytes for layer in self.layers)
+        return sum(self.row_bytes(row) for row in range(self.rows))
+
+    def row_bytes(self, row: int) -> int:
+        """Those of one row."""
+        return sum(layer.row_bytes(row) for layer in self.layers)
 
     @property
     def prefill_peak_bytes(self) -> int:
-        """Bytes at the worst moment of a prompt: everything held in the model's type, and one layer's look."""
-        self._note_peak()
+        """Bytes of the last prompt at its worst moment: all of it in the model's type, and one layer's look."""
         return self._peak
 
-    def _note_peak(self) -> None:
-        self._peak = max(self._peak, self.bytes() + max(layer.transient for layer in self.layers))
+    def _note_peak(self, row: int) -> None:
+        self._peak = max(self._peak, self.row_bytes(row) + max(layer.transient for layer in self.layers))
 
 
 @torch.no_grad()

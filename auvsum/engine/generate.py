@@ -243,7 +243,7 @@ class Engine:
         row.first = position if compacted is None else compacted
         token = self._draw(row, logits)
         row.started = time.perf_counter()
-        held_bytes = cache.bytes() // cache.rows
+        held_bytes = cache.row_bytes(number)
         yield Prefilled(row.index, total, row.started - row.admitted, cache.prefill_peak_bytes, held_bytes)
         return token
 
@@ -295,7 +295,7 @@ class Engine:
         cache.rest(number)
         seconds = time.perf_counter() - row.started
         self._told.pop(row.index, None)
-        yield Finished(row.index, tuple(row.written), reason, seconds, cache.bytes() // cache.rows)
+        yield Finished(row.index, tuple(row.written), reason, seconds, cache.row_bytes(number))
         return None
 
     def _draw(self, row: _Row, logits: Tensor) -> int:
