@@ -385,6 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"parts, of {', '.join(PARTS)}; without it those for GPUs")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU: checks this script")
+    parser.add_argument("--documents", type=int, help="how many, instead of 200")
     parser.add_argument("--out", type=Path, help="write the JSON there too, after every part")
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -393,6 +394,7 @@ def main() -> None:
     )
     started, record = time.perf_counter(), {"benchmark": "scale", "tiny": options.tiny, "rows": []}
     sizes = Sizes(options.tiny)
+    sizes.documents = options.documents or sizes.documents
     for part in parts:
         rows = PARTS[part](sizes)
         record["rows"] += rows
