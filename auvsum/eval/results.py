@@ -46,22 +46,24 @@ def results(runs: Sequence[Run]) -> str:
 def sentences(metrics: dict[str, Any]) -> list[str]:
     """What a run's table says, sentence by sentence."""
     rows = metrics["rows"]
-    said = [_claim(metrics, other) for other in ("h2o", "nacl", "snapkv")]
+    said = [_claim(metrics, "auv", other) for other in ("h2o", "nacl", "snapkv")]
+    said += [_claim(metrics, "auv-look", other) for other in ("h2o", "snapkv", "pyramidkv", "tova", "nacl", "auv")]
     said.append(_quality(rows, "bertscore", "BERTScore") or _quality(rows, "rouge1", "ROUGE-1"))
     said.append(_truncation(metrics))
     found = [sentence for sentence in said if sentence]
     return found or ["No policy of the paper was measured here."]
 
 
-def _claim(metrics: dict[str, Any], other: str) -> str:
-    """Where AUV loses fewer nats than another policy, and where more."""
+def _claim(metrics: dict[str, Any], mine: str, other: str) -> str:
+    """Where a policy of ours loses fewer nats than another policy, and where more."""
+    ours = "AUV" if mine == "auv" else mine
     verdicts: dict[str, list[str]] = {"holds": [], "fails": [], "open": []}
     for pair in metrics["paired"]:
         names = (pair["first"], pair["second"])
         policies = tuple(metrics["rows"][name]["policy"] for name in names)
-        if pair["metric"] != "nats" or set(policies) != {"auv", other}:
+        if pair["metric"] != "nats" or set(policies) != {mine, other}:
             continue
-        sign = 1 if policies[0] == "auv" else -1
+        sign = 1 if policies[0] == mine else -1
         low, high = sorted((sign * pair["low"], sign * pair["high"]))
         row = metrics["rows"][names[0]]
         where = f"{row['budget']}{' (paper accounting)' if row['scope'] == 'paper' else ''}"
@@ -69,13 +71,13 @@ def _claim(metrics: dict[str, Any], other: str) -> str:
         verdicts["holds" if high < 0 else "fails" if low > 0 else "open"].append(text)
     said = []
     if verdicts["holds"]:
-        said.append(f"AUV loses fewer nats a token than {other} at {', '.join(verdicts['holds'])}")
+        said.append(f"{ours} loses fewer nats a token than {other} at {', '.join(verdicts['holds'])}")
     if verdicts["fails"]:
-        said.append(f"AUV loses more than {other} at {', '.join(verdicts['fails'])}")
+        said.append(f"{ours} loses more than {other} at {', '.join(verdicts['fails'])}")
     if verdicts["open"]:
-        said.append(f"no difference between AUV and {other} is certain at {', '.join(verdicts['open'])}")
+        said.append(f"no difference between {ours} and {other} is certain at {', '.join(verdicts['open'])}")
     text = "; ".join(said)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    return f"{text[0].upper() if text.startswith('no') else text[0]}{text[1:]}." if text else ""
 
 
 def _quality(rows: dict[str, Any], metric: str, label: str) -> str:
