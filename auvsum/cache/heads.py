@@ -8,8 +8,8 @@ row writes, new tokens gather in a write region in the model's type; when it is 
     cache.begin(len(ids), row=0)
     with cache.reading(0):
         model(ids, past_key_values=cache, ...)
-    settle(model, cache, 0, ids, document=(start, end))
-    model(token, past_key_values=cache, ...)
+    cache.settle(0, second_look(model, cache, 0, ids, document=(start, end), first=token))
+    model(token, position_ids=..., past_key_values=cache, ...)
 
 Shapes: G KV heads, D head size, n prompt tokens, N slots of a layer over its heads, W tokens of the write region.
 """
