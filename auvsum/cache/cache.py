@@ -8,7 +8,7 @@ model.generate(ids, past_key_values=auvsum.BudgetedCache(model.config, policy="a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +27,34 @@ from auvsum.kernels.column_scores import ChunkAttention
 
 #: The full cache without a given size grows by this many slots; every other store has a fixed size.
 _GROWTH = 256
+
+
+class UncountedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer that is always told the positions of its tokens, so that transformers need not count them."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@contextmanager
+def reading(layers: Sequence[Any], row: int) -> Iterator[None]:
+    """Within: the layers take the tokens of a call for a prompt chunk of that row."""
+    for layer in layers:
+        layer.row, layer.reads_prompt = row, True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.row, layer.reads_prompt = None, False
 
 
 class LayerCache(CacheLayerMixin):  # type: ignore[misc]
@@ -405,16 +433,9 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.lazy_initialization(nothing, nothing)
 
-    @contextmanager
-    def reading(self, row: int) -> Iterator[None]:
+    def reading(self, row: int) -> AbstractContextManager[None]:
         """Within: the model is called with batch 1, and its tokens are a prompt chunk of that row."""
-        for layer in self.layers:
-            layer.row, layer.reads_prompt = row, True
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.row, layer.reads_prompt = None, False
+        return reading(self.layers, row)
 
     def next_part(self, row: int, share: int | None) -> int:
         """Announces a part of a row's prompt that is read behind what is held, or keeps a share of its own.

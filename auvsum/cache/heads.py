@@ -17,14 +17,15 @@ Shapes: G KV heads, D head size, n prompt tokens, N slots of a layer over its he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, make_codec
 from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.cache.rotary import Rotary
@@ -99,11 +100,9 @@ class Look:
     drafted: Tensor | None
 
 
-class HeadsLayer(CacheLayerMixin):  # type: ignore[misc]
+class HeadsLayer(UncountedLayer):
     """One layer of a `HeadsCache`."""
 
-    is_compileable = False
-    is_croppable = False
     window: int | None = None
 
     def __init__(self, policy: AUVLook, bits: int, rows: int) -> None:
@@ -137,15 +136,6 @@ class HeadsLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         key_states.auvsum_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     def reset(self) -> None:
         self.rows = [None] * len(self.rows)
@@ -401,16 +391,17 @@ class HeadsCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.rows[row], layer.active[row], layer.transient = None, True, 0
 
-    @contextmanager
-    def reading(self, row: int) -> Iterator[None]:
+    def reading(self, row: int) -> AbstractContextManager[None]:
         """Within: the model is called with batch 1, and its tokens are a prompt chunk of that row."""
-        for layer in self.layers:
-            layer.row, layer.reads_prompt = row, True
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.row, layer.reads_prompt = None, False
+        return reading(self.layers, row)
+
+    def regions(self, row: int) -> tuple[int, int]:
+        """Slots of an open row's candidates, a head on average, and the tokens of its write region."""
+        held = self.layers[0].rows[row]
+        assert isinstance(held, Open)
+        return self.policy.regions(
+            self._granted[row], head_dim=held.key.shape[-1], element_bytes=held.key.element_size(), bits=self.bits
+        )
 
     def may_write(self, row: int) -> int:
         """How many tokens a row takes at once, when they are known: until its write region is full."""
@@ -452,9 +443,8 @@ class HeadsCache(Cache):  # type: ignore[misc]
         self._note_peak(row)
         first = self.layers[0].rows[row]
         assert isinstance(first, Open)
-        groups, tokens, size = first.key.shape
-        element = first.key.element_size()
-        room, write = self.policy.regions(self._granted[row], head_dim=size, element_bytes=element, bits=self.bits)
+        groups, tokens, _ = first.key.shape
+        room, write = self.regions(row)
         total = min(room, tokens) * len(self.layers) * groups
         if look is None:
             if total < tokens * len(self.layers) * groups:
@@ -538,12 +528,9 @@ def second_look(
         None when the budget holds the whole prompt: there is nothing to choose.
     """
     policy, tokens = cache.policy, len(ids)
-    held = cache.layers[0].rows[row]
-    assert isinstance(held, Open)
-    size, element, device = held.key.shape[-1], held.key.element_size(), held.key.device
-    room, _ = policy.regions(cache._granted[row], head_dim=size, element_bytes=element, bits=cache.bits)
-    if room >= tokens:
+    if cache.regions(row)[0] >= tokens:
         return None
+    device = cache.layers[0].rows[row].key.device
 
     def see(token_ids: Sequence[int], start: int) -> Tensor:
         out = model(

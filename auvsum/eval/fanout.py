@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from auvsum.cache.cache import BudgetedCache, LayerCache
+from auvsum.cache.cache import BudgetedCache, LayerCache, UncountedLayer
 from auvsum.cache.heads import HeadsCache, HeadsLayer
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
@@ -49,11 +49,8 @@ class FanOut(Cache):  # type: ignore[misc]
                 layer.targets = None
 
 
-class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
+class _FanLayer(UncountedLayer):
     """One layer of all caches."""
-
-    is_compileable = False
-    is_croppable = False
 
     def __init__(self, members: Sequence[LayerCache | HeadsLayer]) -> None:
         super().__init__()
@@ -97,15 +94,6 @@ class _FanLayer(CacheLayerMixin):  # type: ignore[misc]
         for number, row in targets:
             self.members[number].take(row, key, value, shared)
         return out.transpose(1, 2)
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 @dataclass(frozen=True)

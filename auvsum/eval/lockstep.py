@@ -131,6 +131,8 @@ class _Batch:
             for (policy, group, bits), rows in members.items()
             if rows
         ]
+        for layer in (layer for one in self.caches if isinstance(one, HeadsCache) for layer in one.layers):
+            layer.keeps_unpacked = True  # what is measured here is quality
         self.rows: list[_Row] = []
         for cache, rows in enumerate(rows for rows in members.values() if rows):
             for place, row in enumerate(rows):
@@ -186,8 +188,6 @@ class _Batch:
             cache = self.caches[row.cache]
             if not isinstance(cache, HeadsCache):
                 continue
-            for layer in cache.layers:
-                layer.keeps_unpacked = True  # what is measured here is quality
             queries = cache.policy.queries
             if looks.get(queries) is None:
                 span = self.spans[document] if self.spans else (0, len(prompt))
