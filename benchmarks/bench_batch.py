@@ -66,9 +66,7 @@ def case(model: Any, policy: Any, requests: list[Any], together: int) -> Callabl
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="as for `auvsum summarize`; the default model without it")
-    which.add_argument("--shape", choices=common.SHAPES, help="random weights of that shape")
+    common.add_model_arguments(parser)
     parser.add_argument("--together", type=int, nargs="+", default=[1, 2, 4, 8, 16, 0], metavar="DOCUMENTS")
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=1000, metavar="TOKENS")

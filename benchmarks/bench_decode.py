@@ -209,9 +209,7 @@ def build_cases(
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="as for `auvsum summarize`; the default model without it")
-    which.add_argument("--shape", choices=common.SHAPES, help="random weights of that shape")
+    common.add_model_arguments(parser)
     parser.add_argument("--prompt", type=int, default=1900, metavar="TOKENS")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="TOKENS")
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="auvsum reads the prompt in chunks of that size")

@@ -57,9 +57,7 @@ def case(model: Any, shape: Any, ids: list[int], new: int, name: str, share: str
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="as for `auvsum summarize`; the default model without it")
-    which.add_argument("--shape", choices=common.SHAPES, help="random weights of that shape")
+    common.add_model_arguments(parser)
     parser.add_argument("--policies", help="names, separated by commas; all without it", metavar="NAMES")
     parser.add_argument("--budgets", default="2%,4%,10%", metavar="SHARES")
     parser.add_argument("--prompt", type=int, default=1900, metavar="TOKENS")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -183,6 +184,13 @@ def random_model(name: str, *, dtype: Any, device: str, seed: int = 0) -> Any:
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model` or `--shape`: what is measured."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help="as for `auvsum summarize`; the default model without it")
+    which.add_argument("--shape", choices=SHAPES, help="random weights of that shape")
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

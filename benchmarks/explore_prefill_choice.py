@@ -7,11 +7,11 @@ summary is the teacher. Then, for each way to score tokens, each way to share th
 bits, one pass over the summary sees only the kept keys, and says how often the teacher's token still comes first
 and how many nats it lost. Nothing is evicted while the summary is read: all loss is in what prefill kept.
 
-Scores: h2o and AUV's aggregation with other exponents (Σ a (N_i/n)^p / cnt^γ), the instruction's queries (sum or
-max), `again` (the text is fed once more and each key gets its highest attention, as in KVzip; `again-sum` the sum),
-`draft` (the summary's first 16 tokens as queries), and `oracle` (the whole summary's queries: what cannot be
-known). Budgets: the same number for every layer; one ranking over layers, the heads of a layer alike; one over
-layers and heads.
+Scores: h2o, AUV's aggregation, the instruction's queries, and the attention of queries behind the prompt: the text
+once more (`again`, as in KVzip; `half` and `quarter` of it), its beginning (`lead64`), the summary's first tokens
+(`draft16`), a draft by a cache that was cut already, and the whole summary (`oracle`: what cannot be known); each as
+a sum, the highest (`max`), or a count (`usage`), and mixed. Budgets (`--sharing`): the same number for every layer;
+one ranking over layers, the heads of a layer alike; one over layers and heads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from auvsum.text.prompts import build_prompt
 
 SETTINGS = ((0.30, "4-bit/64 rotated"), (0.12, "4-bit/64 rotated"), (0.06, "4-bit/64 rotated"))
 CODECS = ("8-bit/64", "4-bit/32", "4-bit/64", "4-bit/32 rotated", "4-bit/64 rotated", "3-bit/32", "3-bit/32 rotated")
-SHARING = ("over heads",)
+SHARING = ("layers alike", "over layers", "over heads")
 
 
 class Probe:
@@ -301,7 +301,12 @@ def documents(
 
 
 def explore(
-    probe: Probe, name: str, prompts: list[tuple[list[int], tuple[int, int]]], seconds: float, wanted: set[str]
+    probe: Probe,
+    name: str,
+    prompts: list[tuple[list[int], tuple[int, int]]],
+    seconds: float,
+    wanted: set[str],
+    sharings: list[str],
 ) -> dict[str, list[tuple[float, float]]]:
     """Agreement and nats lost of every setting on each document, as many as the time allows."""
     results: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -322,7 +327,7 @@ def explore(
 
         for score, ranking in scores(probe, ids, document, summary, wanted).items():
             for share, codec in SETTINGS:
-                for sharing in SHARING:
+                for sharing in sharings:
                     keep = choose(ranking, share, sharing, document, name != "xsum5")
                     note(f"{share:.0%} of tokens, {codec} | {score} | {sharing}", keep, codec)
         for codec in CODECS:
@@ -360,6 +365,7 @@ def main() -> None:
     parser.add_argument(
         "--part", default="0/1", help="of the documents: i/n takes every nth, for processes side by side"
     )
+    parser.add_argument("--sharing", nargs="+", choices=SHARING, default=["over heads"])
     parser.add_argument("--raw", type=Path, help="where a part writes what it found of each document")
     parser.add_argument("--merge", type=Path, nargs="+", help="report what parts have written")
     parser.add_argument("--model")
@@ -381,7 +387,7 @@ def main() -> None:
         wanted = set(filter(None, args.scores.split(";")))
         for name in args.sets.split(","):
             prompts = documents(probe, name, args.data_dir, args.documents, args.longest)[index::parts]
-            sets[name] = explore(probe, name, prompts, args.seconds, wanted)
+            sets[name] = explore(probe, name, prompts, args.seconds, wanted, args.sharing)
     if args.raw:
         args.raw.write_text(json.dumps({"model": model, "sets": sets}))
         return
