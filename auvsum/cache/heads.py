@@ -356,9 +356,16 @@ class HeadsLayer(UncountedLayer):
         held = next(iter(self.loose.values()), self.held)
         return held.groups if held else next(int(row.key.shape[0]) for row in self.rows if row is not None)
 
-    def kept(self, row: int, tokens: int) -> Tensor:
-        """How many heads hold each of a row's first `tokens` tokens: fp32 `[tokens]`, on the CPU."""
-        return torch.bincount(self.settled(row).positions, minlength=tokens)[:tokens].float().cpu()
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows, settled and not yet written to, again as the `count` rows behind them."""
+        for row in range(count):
+            self.loose[count + row] = self.loose[row]
+
+    def add_kept(self, total: Tensor) -> None:
+        """Adds how many heads hold each token of the first rows to `total`, fp32 `[rows, tokens]`."""
+        for row in range(total.shape[0]):
+            positions = self.settled(row).positions
+            total[row].index_add_(0, positions, torch.ones_like(positions, dtype=total.dtype))
 
     def held_positions(self, row: int, head: int) -> list[int]:
         """Positions of the tokens that a head holds, ascending."""
@@ -501,12 +508,12 @@ class HeadsCache(Cache):  # type: ignore[misc]
             layer.keep(row, *own, sum(own[2]) if room < tokens else room * groups, write)
         self.writing.start(row, write, tokens)
 
-    def copy_row(self, source: int, target: int) -> None:
-        """A row that has not been begun becomes like one that has been settled and has not written yet."""
-        self._granted[target] = self._granted[source]
-        self.writing.copy(source, target)
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows, settled and not yet written to, again as the `count` rows behind them."""
+        self._granted[count : 2 * count] = self._granted[:count]
+        self.writing.copy_rows(count)
         for layer in self.layers:
-            layer.loose[target] = layer.loose[source]
+            layer.copy_rows(count)
 
     def next_part(self, row: int, share: int | None) -> NoReturn:
         raise PolicyError(f"policy {self.policy.name!r} cannot stream", "use --policy auv or h2o")

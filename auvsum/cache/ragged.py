@@ -146,11 +146,11 @@ class Writing:
         """A settled row begins to write."""
         self.width[row], self.first[row], self.written[row], self.since[row] = width, first, 0, 0
 
-    def copy(self, source: int, target: int) -> None:
-        """One row becomes like another."""
+    def copy_rows(self, count: int) -> None:
+        """The first rows again as the rows behind them."""
         for numbers in (self.width, self.written, self.first, self.since):
-            numbers[target] = numbers[source]
-        self.active[target] = self.active[source]
+            numbers[count : 2 * count] = numbers[:count]
+        self.active[count : 2 * count] = self.active[:count]
 
     def taking_part(self) -> list[int]:
         """Rows that have something to write."""

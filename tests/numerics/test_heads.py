@@ -275,7 +275,7 @@ def test_rows_do_not_depend_on_their_neighbours(bits: int) -> None:
 def test_rows_written_together_hold_what_each_holds_alone(bits: int) -> None:
     """Rows of other sizes and phases, one copied from another, one that ends earlier: the same slots, bytes, logits."""
     model, policy = tiny.tiny_llama(), AUVLook(draft=4)
-    prompts = {0: (70, 40), 1: (90, 160), 3: (50, 38)}
+    prompts = [(70, 40), (90, 160), (50, 38)]
     stream = tiny.tokens(30, 2)[0].tolist()
 
     def begin(cache: HeadsCache, row: int, length: int, slots: int) -> None:
@@ -289,30 +289,29 @@ def test_rows_written_together_hold_what_each_holds_alone(bits: int) -> None:
         return [layer.held_positions(row, group) for layer in cache.layers for group in range(2)]
 
     with harness.attention(model, "auvsum"), torch.no_grad():
-        together = HeadsCache(model.config, policy, 160, rows=5, bits=bits)
-        single = {row: HeadsCache(model.config, policy, slots, bits=bits) for row, (_, slots) in prompts.items()}
-        for row, (length, slots) in prompts.items():
+        together = HeadsCache(model.config, policy, 160, rows=7, bits=bits)
+        single = [HeadsCache(model.config, policy, slots, bits=bits) for _, slots in prompts]
+        for row, (length, slots) in enumerate(prompts):
             begin(together, row, length, slots)
             begin(single[row], 0, length, slots)
-        together.copy_row(0, 2)  # row 4 stays empty
-        lengths = [prompts[row][0] for row in (0, 1, 0, 3)] + [0]
+        together.copy_rows(3)  # row 6 stays empty
+        lengths = [length for length, _ in prompts * 2] + [0]
         for step, token in enumerate(stream):
             if step == 20:
                 together.rest(1)
             positions = torch.tensor(lengths)[:, None] + step
-            got = model(torch.full((5, 1), token), position_ids=positions, past_key_values=together).logits[:, 0]
-            for row, cache in single.items():
+            got = model(torch.full((7, 1), token), position_ids=positions, past_key_values=together).logits[:, 0]
+            for row, cache in enumerate(single):
                 want = model(
                     torch.tensor([[token]]), position_ids=positions[row : row + 1], past_key_values=cache
                 ).logits[0, 0]
-                if row == 1 and step >= 20:
-                    assert together.row_bytes(row) == 0, "what rests is freed by the next step"
-                    continue
-                torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-4)
-                assert held(together, row) == held(cache, 0)
-                assert together.row_bytes(row) == cache.row_bytes(0) == cache.bytes()
-            assert held(together, 2) == held(together, 0)
-            torch.testing.assert_close(got[2], got[0])
+                for twin in (row, row + 3):
+                    if twin == 1 and step >= 20:
+                        assert together.row_bytes(twin) == 0, "what rests is freed by the next step"
+                        continue
+                    torch.testing.assert_close(got[twin], want, rtol=1e-4, atol=1e-4)
+                    assert held(together, twin) == held(cache, 0)
+                    assert together.row_bytes(twin) == cache.row_bytes(0) == cache.bytes()
 
 
 @pytest.mark.parametrize("bits", [16, 4])
