@@ -251,9 +251,9 @@ class SlotStore:
         self.enter(at)
         self.write(at, key, value)
 
-    def write(self, at: Tensor, key: Tensor, value: Tensor) -> None:
-        """The vectors of `append`."""
-        where = (self._rows, self._heads, at)
+    def write(self, at: Tensor | int, key: Tensor, value: Tensor) -> None:
+        """The vectors of `append`; `at` may be the one slot of all heads and rows."""
+        where = (slice(None), slice(None), at) if isinstance(at, int) else (self._rows, self._heads, at)
         self.codec.encode(self.keys, where, key)
         self.codec.encode(self.values, where, value)
 
