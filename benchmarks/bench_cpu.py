@@ -460,11 +460,13 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options)
         return
+    from auvsum import _env
+
+    _env.prepare()
     kept = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"sections": {}}
     sections: dict[str, Any] = kept["sections"]
     record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        # Those with processes of their own come first: nothing of auvsum is set or loaded here yet.
         for name in sorted(options.only.split(","), key=SECTIONS.index):
             load_before, started = round(os.getloadavg()[0], 2), time.perf_counter()
             found: Rows = []

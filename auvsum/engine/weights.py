@@ -15,7 +15,7 @@ from torch.nn import functional
 
 #: With more rows than this, unpacking the weights for a product in full precision is as quick (docs/LOG.md).
 _MOST_ROWS = 16
-#: Output channels that are unpacked at a time: a whole output head would be tens of MB, fresh from the system each time.
+#: Output channels that are unpacked at a time: a whole output head would be tens of MB of fresh memory each time.
 _UNPACKED = 4096
 
 
