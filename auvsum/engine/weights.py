@@ -65,7 +65,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
         out = torch._weight_int8pack_mm(x, weight, scale)
     else:
         # The scale is applied to the product: int8 is exact in the activations' type, the scaled weight would not be.
-        parts = [functional.linear(x, part.to(x.dtype)) for part in weight.split(_UNPACKED)]
+        parts = [functional.linear(x, part.to(x.dtype)) for part in torch.split(weight, _UNPACKED)]
         out = (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).mul_(scale)
     return out if bias is None else out.add_(bias)
 
