@@ -213,7 +213,7 @@ def _evict_kernel(
             tl.store(pointer_ + row, capacity // 3 * 2, mask=full)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for good: captured steps hold its address
 def _tickets(device: torch.device, batch: int) -> Tensor:
     """How many heads of each row are done, and how many programs; every launch leaves zeros, so all layers share it."""
     return torch.zeros(batch + 1, dtype=torch.int32, device=device)
