@@ -147,14 +147,10 @@ def attend_chunk(
         the output `[1, H, T, D]` and what the policies need to know about the probabilities.
     """
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
-    joined = _triton_join() if query.device.type == "cuda" and past else None
     if past:
         old, old_lse = fused_attention(query, key[:, :, :past], value[:, :, :past], scaling, causal=False)
-        if joined is not None:
-            out, lse = joined.join(query, (out, lse), (old, old_lse), folded, scaling)
-        else:
-            out, lse = _join(out, lse, old, old_lse)
-    if folded is not None and joined is None:
+        out, lse = _join(out, lse, old, old_lse)
+    if folded is not None:
         repeats = query.shape[1] // key.shape[1]
         one_key, one_value, valid = (x.repeat_interleave(repeats, 0) for x in folded)
         logit = (query[0].float() @ one_key.float().transpose(1, 2))[..., 0] * scaling  # [H, T]
@@ -168,15 +164,6 @@ def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     """Two softmaxes over different keys become one."""
     total = torch.logaddexp(lse, other_lse)
     return other * (other_lse - total).exp()[..., None] + out * (lse - total).exp()[..., None], total
-
-
-@functools.cache
-def _triton_join() -> ModuleType | None:
-    try:
-        from auvsum.kernels import join
-    except ImportError:  # no Triton
-        return None
-    return join
 
 
 @functools.cache
