@@ -428,10 +428,17 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             if layer.is_initialized:
                 layer.unread.add(row)
 
-    def allocate(self, *, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes every layer's store now instead of at its first token."""
-        nothing = torch.empty((self.layers[0].batch or 1, kv_heads, 0, head_dim), dtype=dtype, device=device)
-        for layer in self.layers:
+    def allocate(
+        self, *, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | Sequence[torch.device]
+    ) -> None:
+        """Makes every layer's store now instead of at its first token.
+
+        Args:
+            device: one for all layers, or one a layer.
+        """
+        devices = [device] * len(self.layers) if isinstance(device, torch.device) else device
+        for layer, where in zip(self.layers, devices, strict=True):
+            nothing = torch.empty((self.layers[0].batch or 1, kv_heads, 0, head_dim), dtype=dtype, device=where)
             layer.lazy_initialization(nothing, nothing)
 
     def reading(self, row: int) -> AbstractContextManager[None]:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from auvsum.engine.memory import devices_of
+from auvsum.engine.split import blocks
+
 Product = Callable[[Tensor, Tensor, "Tensor | None", bool], Tensor]
 
 #: Attributes of a module that read the same input, and the name of what they belong to.
@@ -103,8 +106,15 @@ def _product(matvec: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: 
 
 
 def fuse(model: nn.Module) -> None:
-    """Replaces the linear layers of a model, once. Needs Triton."""
+    """Replaces the linear layers of a model, once. Needs Triton.
+
+    Of a model over several devices only those within its blocks: the others need accelerate's hooks, which are lost.
+    """
     if getattr(model, "auvsum_fused", False):
+        return
+    if len(devices_of(model)) > 1:
+        for block in blocks(model):
+            fuse(block)
         return
     from auvsum.kernels.matvec import matvec
     from auvsum.kernels.norm import norm

@@ -33,6 +33,7 @@ from auvsum.engine.lean import lean_step, straighten_head
 from auvsum.engine.memory import MOST_ROWS, cache_shape, devices_of, is_out_of_memory, release_memory, rows_that_fit
 from auvsum.engine.parts import Part, chunks
 from auvsum.engine.sampling import Sampling
+from auvsum.engine.split import layer_devices, why_not_together
 from auvsum.errors import DocumentError, DocumentTimeout, GenerationFailed, PolicyError
 from auvsum.events import Event, Failed, Finished, FinishReason, Notice, Prefilled, PrefillProgress, Token
 
@@ -380,13 +381,17 @@ class Engine:
 
     def _graph_for(self, cache: AnyCache, longest: int) -> tuple[DecodeGraph | None, str | None]:
         """The captured decode step, or why there is none."""
-        if len(devices := devices_of(self.model)) > 1:
-            return None, f"the model is spread over {len(devices)} devices"
         if self.device.type == "cuda":
+            spread, devices = devices_of(self.model), [self.device] * len(cache.layers)
+            if len(spread) > 1:
+                devices = layer_devices(self.model)
+            if len(devices) != len(cache.layers):
+                return None, "the model is spread over several GPUs, and where its layers are is not known"
+            if reason := why_not_together(spread):
+                return None, reason
             shape, dtype = cache_shape(self.model), self.model.dtype
-            cache.allocate(kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=dtype, device=self.device)
-        reason = why_not(cache, self.device)
-        if reason is not None:
+            cache.allocate(kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=dtype, device=devices)
+        if reason := why_not(cache, self.device):
             return None, reason
         fuse(self.model)
         return DecodeGraph(self.model, cache, self.sampling, self.eos_ids, longest), None

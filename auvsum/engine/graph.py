@@ -1,8 +1,8 @@
 """The decode step as one CUDA graph: forward, cache update, drawing, stop flags; the host only reads tokens back.
 
 The cache's slots have fixed addresses and each row's pointer, position and activity live on the device, so one captured
-step serves all tokens of all documents. Tokens arrive through pinned memory one step late; a row that has ended rests
-on the device by itself until the host fills it again.
+step serves all tokens of all documents, over as many GPUs as the model is on. Tokens arrive through pinned memory one
+step late; a row that has ended rests on the device by itself until the host fills it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from auvsum.cache.attention import fused_step
 from auvsum.cache.cache import BudgetedCache
+from auvsum.engine.memory import devices_of
 from auvsum.engine.sampling import Sampling
+from auvsum.engine.split import Branches
 
 #: What a row reports in place of a token: it is at rest; its logits were not numbers.
 RESTS, NOT_FINITE = -1, -2
@@ -72,8 +74,12 @@ class DecodeGraph:
         self.report = torch.full((rows,), RESTS, dtype=torch.int64, device=device)
         self.spare = [torch.empty(rows, dtype=torch.int64).pin_memory() for _ in range(3)]
         self.under_way: deque[Launch] = deque()
+        # A model over several GPUs is captured whole: each has a copy of `active` for its layers.
+        others = [other for other in devices_of(model) if other != device]
+        self.branches = Branches(others)
+        self.copies = {other: torch.zeros(rows, dtype=torch.bool, device=other) for other in others}
         for layer in cache.layers:
-            layer.store.active = self.active
+            layer.store.active = self.copies.get(layer.store.positions.device, self.active)
         self.graph = self._capture()
 
     @torch.no_grad()
@@ -82,13 +88,14 @@ class DecodeGraph:
         for layer in self.cache.layers:
             layer.unread = set()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._after_others()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self.branches.joined(captured=False):
             for _ in range(2):  # all rows rest: kernels are compiled, libraries initialized, nothing is written
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), self.branches.joined(captured=True):
             self._step()
         for layer, (rows, columns) in zip(self.cache.layers, unread, strict=True):
             layer.unread, layer.columns = rows, columns
@@ -96,6 +103,8 @@ class DecodeGraph:
 
     def _step(self) -> None:
         """What the graph holds."""
+        for copy in self.copies.values():
+            copy.copy_(self.active, non_blocking=True)
         out = self.model(self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True)
         logits = out.logits[:, -1]
         noise = self.left.float()
@@ -133,7 +142,9 @@ class DecodeGraph:
 
     def launch(self, rows: list[Any]) -> None:
         """Starts a step of `rows`, which `arrived` hands back with their tokens."""
+        self._after_others()
         self.graph.replay()
+        self._before_others()
         for layer in self.cache.layers:
             layer.store.decoded()
         tokens = self.spare.pop()
@@ -141,6 +152,16 @@ class DecodeGraph:
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         self.under_way.append(Launch(list(rows), tokens, ready))
+
+    def _after_others(self) -> None:
+        """What follows here waits for what the other GPUs have been told."""
+        for other in self.copies:
+            torch.cuda.current_stream().wait_stream(torch.cuda.current_stream(other))
+
+    def _before_others(self) -> None:
+        """What the other GPUs are told from now on waits for what they do within a step."""
+        for other in self.copies:
+            torch.cuda.current_stream(other).wait_stream(torch.cuda.current_stream())
 
     def arrived(self, lag: int = 1) -> tuple[list[Any], list[int]] | None:
         """The oldest step's rows and tokens, once more than `lag` steps are under way."""

@@ -10,7 +10,7 @@ import torch
 
 from auvsum.cache.policy import make_policy
 from auvsum.config import Settings
-from auvsum.engine import generate, hardware, memory, models, split
+from auvsum.engine import hardware, memory, models, split
 from auvsum.engine.generate import Engine, Request
 from auvsum.errors import ConfigError, DeviceError
 from auvsum.events import Finished, Notice
@@ -45,10 +45,13 @@ def test_under_hooks_the_same_is_written(make: Any, chunk: int | None) -> None:
     assert hooked == plain
 
 
-def test_no_graph_over_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "devices_of", lambda model: [torch.device("cuda", 0), torch.device("cuda", 1)])
-    _, notices = written(tiny.tiny_opt())
-    assert notices == ["the plain decode step runs: the model is spread over 2 devices"]
+@pytest.mark.parametrize("make", [tiny.tiny_opt, tiny.tiny_llama])
+def test_where_layers_are(make: Any) -> None:
+    model = make()
+    assert split.layer_devices(model) == [torch.device("cpu")] * model.config.num_hidden_layers
+    last = split.blocks(model)[-1].to("meta")
+    assert split.layer_devices(model)[-1] == torch.device("meta")
+    assert last in model.get_decoder().layers
 
 
 def test_each_block_runs_on_its_device_and_the_first_follows(monkeypatch: pytest.MonkeyPatch) -> None:
