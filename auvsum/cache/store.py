@@ -251,9 +251,9 @@ class SlotStore:
         self.enter(at)
         self.write(at, key, value)
 
-    def write(self, at: Tensor, key: Tensor, value: Tensor) -> None:
-        """The vectors of `append`."""
-        where = (self._rows, self._heads, at)
+    def write(self, at: Tensor | int, key: Tensor, value: Tensor) -> None:
+        """The vectors of `append`; `at` may be the one slot of all heads and rows."""
+        where = (slice(None), slice(None), at) if isinstance(at, int) else (self._rows, self._heads, at)
         self.codec.encode(self.keys, where, key)
         self.codec.encode(self.values, where, value)
 
@@ -276,15 +276,19 @@ class SlotStore:
         """Keys and values as attention needs them, `[B, G, S (+ 1), D]`; dead slots hold anything."""
         return self.codec.decode(self.keys), self.codec.decode(self.values)
 
-    def move(self, row: int, source: Tensor, target: Tensor) -> None:
+    def move(self, row: int | Tensor, source: Tensor, target: Tensor) -> None:
         """Scatter filling (§3.4): tokens of slots `source` go, with all their state, to slots `target`, both `[G, m]`.
 
         The emptied slots become dead; the tensors stay where they are.
+
+        Args:
+            row: or several, int64 `[N]`; then the slots are `[N, G, m]`.
         """
         heads = self._heads[0][:, None]
-        to, origin = (row, heads, target), (row, heads, source)
-        self.codec.encode(self.keys, to, self.codec.decode(self.keys, row)[heads, source])
-        self.codec.encode(self.values, to, self.codec.decode(self.values, row)[heads, source])
+        rows = row[:, None, None] if isinstance(row, Tensor) else row
+        to, origin = (rows, heads, target), (rows, heads, source)
+        for memory in (self.keys, self.values):
+            self.codec.encode(memory, to, self.codec.decode(memory, origin))
         self.positions[to] = self.positions[origin]
         self.positions[origin] = _NO_POSITION
         self.valid[origin] = False
@@ -302,19 +306,21 @@ class SlotStore:
 
     # -- reconstructed K(V) -------------------------------------------------------------------------------------------
 
-    def fold(self, row: int, key: Tensor, value: Tensor, scores: Tensor) -> None:
+    def fold(self, row: int | Tensor, key: Tensor, value: Tensor, scores: Tensor) -> None:
         """Folds evicted tokens into the reconstructed K(V), eqs. 7 and 8, in fp32.
 
         Args:
+            row: or several, int64 `[N]`; then the rest begins with `N` too.
             key, value: `[G, m, D]`. scores: their AES `[G, m]`; a zero takes no part.
         """
-        self.counts[row].folded = True
-        added = scores.sum(-1)
-        mass = self.folded_mass[row] + added
+        for number in row.tolist() if isinstance(row, Tensor) else [row]:
+            self.counts[number].folded = True
+        before = self.folded_mass[row]
+        mass = before + scores.sum(-1)
         # While the sum is 0 the slot stays zero and masked: no 0/0.
-        divisor = torch.where(mass > 0, mass, torch.ones_like(mass))[:, None]
+        divisor = torch.where(mass > 0, mass, 1.0)[..., None]
         for folded, tokens in ((self.folded_key, key), (self.folded_value, value)):
-            total = folded[row] * self.folded_mass[row][:, None] + (scores[:, None] @ tokens.float())[:, 0]
+            total = folded[row] * before[..., None] + (scores[..., None, :] @ tokens.float())[..., 0, :]
             folded[row] = total / divisor
         self.folded_mass[row] = mass
         last = (row, slice(None), self.slots)

@@ -43,6 +43,11 @@ class ChunkAttention:
     lse: Tensor
 
     @property
+    def scratch(self) -> tuple[Tensor, ...]:
+        """What is held besides queries and keys until the policy has chosen, for the count of bytes."""
+        return ()
+
+    @property
     def keys_seen(self) -> Tensor:
         """`N_i`, how many keys each query's softmax ran over: fp32 `[G, T]`."""
         chunk, groups = self.query.shape[2], self.key.shape[1]
@@ -146,6 +151,10 @@ def attend_chunk(
     Returns:
         the output `[1, H, T, D]` and what the policies need to know about the probabilities.
     """
+    plain = _plain_chunk()
+    if plain.pays(query):
+        found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded)
+        return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
     if past:
         old, old_lse = fused_attention(query, key[:, :, :past], value[:, :, :past], scaling, causal=False)
@@ -164,6 +173,13 @@ def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     """Two softmaxes over different keys become one."""
     total = torch.logaddexp(lse, other_lse)
     return other * (other_lse - total).exp()[..., None] + out * (lse - total).exp()[..., None], total
+
+
+@functools.cache
+def _plain_chunk() -> ModuleType:
+    from auvsum.kernels import plain_chunk  # which builds on this module
+
+    return plain_chunk
 
 
 @functools.cache
