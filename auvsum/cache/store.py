@@ -224,6 +224,14 @@ class SlotStore:
         if known.epoch == self.epoch:
             known.live, known.seen = kept, known.seen + held.chunk
 
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows again as the `count` rows behind them."""
+        tensors = [value for name, value in vars(self).items() if isinstance(value, Tensor) and name[0] != "_"]
+        for tensor in (*tensors, *self.keys, *self.values, *self.state.values()):
+            tensor[count : 2 * count] = tensor[:count]
+        for row in range(count):
+            self.counts[count + row] = copy.copy(self.counts[row])
+
     def turn(self, row: int, rotary: Rotary, position: int) -> None:
         """Turns a row's un-turned keys to the positions just before `position`, in their order."""
         live = self.live(row)
@@ -251,11 +259,12 @@ class SlotStore:
 
     def enter(self, at: Tensor) -> None:
         """All of `append` but the vectors."""
-        where = (self._rows, self._heads, at)
-        self.positions[where] = self.seen[:, None].to(torch.int32).expand_as(at)
-        self.valid[where] = True
+        # `scatter_`: assigning a number by index would wait for the GPU.
+        where = at[..., None]
+        self.positions.scatter_(2, where, self.seen[:, None, None].to(torch.int32).expand_as(where))
+        self.valid.scatter_(2, where, True)
         for values in self.state.values():
-            values[where] = 0
+            values.scatter_(2, where, 0.0)
         self.seen += self.active
         self.decoded()
 

@@ -271,6 +271,70 @@ def test_rows_do_not_depend_on_their_neighbours(bits: int) -> None:
     assert run(3) == alone
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_rows_written_together_hold_what_each_holds_alone(bits: int) -> None:
+    """Rows of other sizes and phases, one copied from another, one that ends earlier: the same slots, bytes, logits."""
+    model, policy = tiny.tiny_llama(), AUVLook(draft=4)
+    prompts = [(70, 40), (90, 160), (50, 38)]
+    stream = tiny.tokens(30, 2)[0].tolist()
+
+    def begin(cache: HeadsCache, row: int, length: int, slots: int) -> None:
+        ids = tiny.tokens(length, length)[0].tolist()
+        cache.begin(length, row=row, slots=slots)
+        with cache.reading(row):
+            model(torch.tensor([ids]), past_key_values=cache)
+        cache.settle(row, second_look(model, cache, row, ids, (0, length), 1))
+
+    def held(cache: HeadsCache, row: int) -> list[list[int]]:
+        return [layer.held_positions(row, group) for layer in cache.layers for group in range(2)]
+
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        together = HeadsCache(model.config, policy, 160, rows=7, bits=bits)
+        single = [HeadsCache(model.config, policy, slots, bits=bits) for _, slots in prompts]
+        for row, (length, slots) in enumerate(prompts):
+            begin(together, row, length, slots)
+            begin(single[row], 0, length, slots)
+        together.copy_rows(3)  # row 6 stays empty
+        lengths = [length for length, _ in prompts * 2] + [0]
+        for step, token in enumerate(stream):
+            if step == 20:
+                together.rest(1)
+            positions = torch.tensor(lengths)[:, None] + step
+            got = model(torch.full((7, 1), token), position_ids=positions, past_key_values=together).logits[:, 0]
+            for row, cache in enumerate(single):
+                want = model(
+                    torch.tensor([[token]]), position_ids=positions[row : row + 1], past_key_values=cache
+                ).logits[0, 0]
+                for twin in (row, row + 3):
+                    if twin == 1 and step >= 20:
+                        assert together.row_bytes(twin) == 0, "what rests is freed by the next step"
+                        continue
+                    torch.testing.assert_close(got[twin], want, rtol=1e-4, atol=1e-4)
+                    assert held(together, twin) == held(cache, 0)
+                    assert together.row_bytes(twin) == cache.row_bytes(0) == cache.bytes()
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_bytes_it_names_are_those_it_has_allocated(bits: int) -> None:
+    model, policy = tiny.tiny_llama(), AUVLook(draft=4)
+    cache = HeadsCache(model.config, policy, 60, rows=2, bits=bits)
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        for row, length in enumerate((90, 70)):
+            ids = tiny.tokens(length, 1)[0].tolist()
+            cache.begin(length, row=row)
+            with cache.reading(row):
+                model(torch.tensor([ids]), past_key_values=cache)
+            cache.settle(row, second_look(model, cache, row, ids, (0, length), 1))
+        for step in range(9):
+            model(torch.tensor([[5], [6]]), position_ids=torch.tensor([[90], [70]]) + step, past_key_values=cache)
+            held = [layer.held for layer in cache.layers]
+            tensors = [x for one in held for x in vars(one).values() if isinstance(x, torch.Tensor)]
+            tensors += [x for one in held for x in (*one.keys, *one.values)]
+            allocated = sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+            # The end of one row's slots is the beginning of the next one's.
+            assert cache.bytes() == allocated + 8 * len(cache.layers)
+
+
 def test_the_engine_says_what_the_second_look_took() -> None:
     model = tiny.tiny_llama()
     request = Request(tiny.tokens(120, 4)[0].tolist(), 40, 12)
