@@ -92,7 +92,8 @@ class Coding:
 
 @dataclass
 class Setting:
-    """One row of the batch: who stays `[L, G, n]` (or the logarithms of soft gates); residual keys, values `[L, G, R, D]` and log masses `[L, G, R]`."""
+    """One row of the batch: who stays `[L, G, n]` (or the logarithms of soft gates); residual keys, values
+    `[L, G, R, D]` and log masses `[L, G, R]`; keys and values `[L, G, n, D]` as they come back from their bits."""
 
     name: str
     keep: Tensor | None
@@ -111,6 +112,8 @@ class Probe:
         self.groups, self.device = config.num_key_value_heads, self.loaded.device
         self.size = config.hidden_size // self.heads
         self.attend: Callable[..., Tensor] = self._read
+        #: Whether a look finds all kinds of scores, or root mean squares alone.
+        self.thorough = True
         AttentionInterface.register("probe", self._attention)
         #: fp32 `[L, H]`: root mean square of the loss's gradient by each query head's output.
         self.weight = torch.ones(self.layers, self.heads, device=self.device)
@@ -131,7 +134,9 @@ class Probe:
 
     def _read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         out, attention = attend_chunk(query, key, value, scaling, 0)
-        self.found.append((key[0], value[0], attention.column_sums(), attention.last_rows(self.tail).mean(1)))
+        rows = attention.last_rows(self.tail)
+        sums = (attention.column_sums(), rows.mean(1), rows.square().mean(1).sqrt())
+        self.found.append((key[0], value[0], *sums))
         return out
 
     @torch.no_grad()
@@ -141,9 +146,10 @@ class Probe:
         positions = torch.arange(len(ids), device=self.device)[None]
         self.model.set_attn_implementation("probe")
         self.model(torch.tensor([ids], device=self.device), position_ids=positions, use_cache=False, logits_to_keep=1)
-        key, value, h2o, last = (torch.stack(column) for column in zip(*self.found, strict=True))
+        key, value, h2o, last, square = (torch.stack(column) for column in zip(*self.found, strict=True))
         document = Document(ids, span, summary, scored, key, value)
         document.scores["h2o"], document.scores["instruction"] = h2o / len(ids), last
+        document.scores["instruction^2"] = square
         return document
 
     @torch.no_grad()
@@ -176,8 +182,11 @@ class Probe:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             probabilities, values = self._full(document, layer, query, key, value, scaling)
             out = probabilities.to(values.dtype) @ values[:, None]  # [G, r, T, D]
-            n = document.key.shape[2]
-            a = probabilities[..., :n]
+            mixed = out.reshape(1, self.heads, query.shape[2], -1).to(query.dtype)
+            a = probabilities[..., : document.key.shape[2]]
+            totals[name + "^2"][layer] += a.square().mean(1).sum(1) / count
+            if not self.thorough:
+                return mixed
             held = document.value[layer].float()
             # |v_j - o_i|² = |v_j|² - 2 v_j·o_i + |o_i|²
             o = out.float()
@@ -188,13 +197,12 @@ class Probe:
             ).clamp_min_(0)
             weight = self.weight[layer].view(self.groups, -1, 1, 1)
             totals["" + name][layer] += a.mean(1).sum(1) / count
-            totals[name + "^2"][layer] += a.square().mean(1).sum(1) / count
             hurt = a.square() * distance
             totals[name + " d^2"][layer] += hurt.mean(1).sum(1) / count
             totals[name + " d"][layer] += hurt.sqrt().mean(1).sum(1) / count
             totals[name + " f"][layer] += (hurt.sqrt() * weight).mean(1).sum(1) / count
             totals[name + " f^2"][layer] += (hurt * weight.square()).mean(1).sum(1) / count
-            return out.reshape(1, self.heads, query.shape[2], -1).to(query.dtype)
+            return mixed
 
         self.attend = attend
         for chunk in chunks:
@@ -356,7 +364,7 @@ def coded(x: Tensor, bits: float, coding: Coding, center: bool) -> Tensor:
 
 
 def slots(document: Document, share: float, coding: Coding, *, write: int | None = None, extra: float = 0) -> float:
-    """Slots a head for a share of the bytes; `extra` bytes a head are spent otherwise. `write`: None for today's rule."""
+    """Slots a head for a share of the bytes, `extra` of which are spent otherwise. `write`: None for today's rule."""
     size, n = document.key.shape[-1], len(document.ids)
     full, slot = 2 * size * ELEMENT, coding.slot_bytes(document.key.shape[-1])
     total = share * n * full
@@ -494,10 +502,15 @@ class Book:
 
     def record(self) -> dict[str, Any]:
         return {
-            name: {key: {"nats_lost": round(self._mean(name, key)[0], 4), "after_the_draft": round(self._mean(name, key)[1], 4),
-                         "documents": len(pairs)} for key, pairs in rows.items()}
+            name: {
+                key: {
+                    **dict(zip(("nats_lost", "after_the_draft"), self._mean(name, key), strict=True)),
+                    "documents": len(pairs),
+                }
+                for key, pairs in rows.items()
+            }
             for name, rows in self.rows.items()
-        }  # fmt: skip
+        }
 
 
 def chunks(ids: list[int], longest: int = 640) -> list[list[int]]:
@@ -605,6 +618,15 @@ class Explorer:
             }.items():
                 self.probe.look(document, chunks(ids), name)
 
+    def squares(self) -> None:
+        """Root mean squares alone, which a processor finds in a minute: what a profile is fitted on."""
+        self.probe.thorough = False
+        for _, document in self.all():
+            self.probe.look(document, chunks(pieces(document, 0.25, 128), 320), "look")
+            self.probe.look(document, [document.summary[:32]], "draft32")
+            s = document.scores
+            s["mix"] = blend(blend(s["look^2"], s["draft32^2"], 0.4), s["instruction^2"], 0.1)
+
     def scores(self) -> None:
         coding = Coding(4, 4, "gauss", "kv", state=4)
         kinds = ("", "^2", " d", " d^2", " f", " f^2")
@@ -685,15 +707,11 @@ class Explorer:
 
     def fit(self, epochs: int, out: Path | None) -> None:
         """Each head's factors on its scores by gradient descent through soft gates; seen on documents left out."""
-        probe, coding = self.probe, Coding(4, 4, "gauss", "kv", state=4)
+        probe, coding = self.probe, Coding()
         for p in probe.model.parameters():
             p.requires_grad_(False)
         train = [d for rows in self.sets.values() for i, d in enumerate(rows) if i % 3]
-        six = ["look f", "draft16 f", "draft16", "look", "instruction", "h2o"]
-        variants = {"one factor a head": (["mix"], True), "six a head": (six, True), "six for all": (six, False)}
-        for _, document in self.all():
-            s = document.scores
-            s["mix"] = blend(s["look"], s["draft16"], 0.5) * document.value.float().norm(dim=-1)
+        variants = {"one factor a head": (["mix"], True)}
         fitted = {}
         for title, (names, by_head) in variants.items():
             shape = (probe.layers, probe.groups, len(names)) if by_head else (1, 1, len(names))
@@ -707,15 +725,16 @@ class Explorer:
                     document = train[at]
                     warmth = 0.7 * (1 - step / steps) + 0.15
                     z = self.combined(document, names, factors)
-                    settings = [
-                        Setting("", gates(z, slots(document, share, coding), warmth)) for share in (0.08, 0.04, 0.02)
-                    ]
+                    settings = [Setting("", gates(z, slots(document, share, coding), warmth)) for share in (0.06, 0.02)]
                     loss = (probe.judge(document, settings) - document.nats)[:, : document.scored].mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
                     step += 1
+                    if out:
+                        torch.save(factors.detach(), out / "factors.pt")
+                        print(step, len(document.ids), round(float(loss), 3), flush=True)
             fitted[title] = factors.detach()
         for name, rows in self.sets.items():
             for i, document in enumerate(rows):
@@ -730,8 +749,6 @@ class Explorer:
                             for share in BUDGETS
                         ]  # fmt: skip
                 self.judge(name, document, settings)
-        if out:
-            torch.save({title: factors.cpu() for title, factors in fitted.items()}, out / "fitted.pt")
 
     def combined(self, document: Document, names: list[str], factors: Tensor) -> Tensor:
         """Log of the weighted sum of scores, each of mean 1: `[L, G, n]`."""
@@ -775,8 +792,8 @@ def prepare(probe: Probe, args: argparse.Namespace) -> dict[str, list[Document]]
             except Exception as error:  # too long for the model
                 print(name, error)
         prompts = [list(prompt.ids) for prompt in asked]
-        summaries = [s for at in range(0, len(prompts), 12)
-                     for s in probe.teach(prompts[at : at + 12], runner.prompter.max_new_tokens)]  # fmt: skip
+        summaries = [s for at in range(0, len(prompts), 6)
+                     for s in probe.teach(prompts[at : at + 6], runner.prompter.max_new_tokens)]  # fmt: skip
         documents = []
         for prompt, ids, summary in zip(asked, prompts, summaries, strict=True):
             scored = min(len(summary) - 1, max(1, runner.prompter.scored(summary)))

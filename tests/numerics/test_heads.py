@@ -35,6 +35,7 @@ class Naive:
         self.alive: list[list[list[int]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.paid: dict[tuple[int, int, int], float] = {}
         self.room = [0] * self.layers
+        self.factors = torch.ones(self.layers, self.groups)
         self.first = self.written = self.prompt = 0
         AttentionInterface.register("naive-look", self.attend)
         AttentionMaskInterface.register("naive-look", lambda **_: None)
@@ -56,7 +57,7 @@ class Naive:
                     out[0, token, head] = weights @ values
                     for p, weight in zip(alive, weights.tolist(), strict=True):
                         place = (layer, group, p)
-                        self.paid[place] = self.paid.get(place, 0.0) + weight * self.groups / heads
+                        self.paid[place] = self.paid.get(place, 0.0) + weight**self.policy.power * self.groups / heads
         return out, None
 
     def call(self, ids: list[int], start: int) -> Tensor:
@@ -80,6 +81,18 @@ class Naive:
                 found[layer, group, position] = paid / count
         return found
 
+    def ask(self, ids: list[int], tail: int) -> Tensor:
+        """The same of the prompt's own last tokens, which are read again for it."""
+        self.prompt = len(ids) - tail
+        self.forget()
+        self.paid = {}
+        self.call(ids[-tail:], self.prompt)
+        self.prompt = len(ids)
+        found = torch.zeros(self.layers, self.groups, self.prompt)
+        for place, paid in self.paid.items():
+            found[place] = paid / tail
+        return found
+
     def forget(self) -> None:
         for layer in range(self.layers):
             for group in range(self.groups):
@@ -93,6 +106,7 @@ class Naive:
             for group in range(self.groups):
                 for position in range(self.prompt):
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
+                    norm *= float(self.factors[layer, group])
                     rank = float("inf") if position == 0 else float(score[layer, group, position]) * norm
                     ranked.append((rank, layer, group, position))
         ranked.sort(reverse=True)
@@ -101,7 +115,7 @@ class Naive:
             for group in range(self.groups):
                 self.alive[layer][group] = [p for p in range(self.prompt) if (layer, group, p) in kept]
             self.room[layer] = sum(map(len, self.alive[layer]))
-        self.paid = {place: float(score[place]) * self.policy.prior for place in kept}
+        self.paid = {place: float(score[place]) ** self.policy.power * self.policy.prior for place in kept}
         self.write, self.first = write, self.prompt
 
     def evict(self, now: int) -> None:
@@ -116,8 +130,9 @@ class Naive:
                 old = [p for p in self.alive[layer][group] if p < self.first]
                 for position in old:
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
+                    norm *= float(self.factors[layer, group])
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
-                    score = self.paid[layer, group, position] / queries * norm
+                    score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
                     ranked.append((float("inf") if position == old[0] else score, group, position))
             ranked.sort(reverse=True)
             gone = {(group, position) for _, group, position in ranked[self.room[layer] :]}
@@ -126,13 +141,25 @@ class Naive:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", [{}, {"draft": 0, "value_norm": False}, {"look": 0.0, "lead": 20, "weight": 0.9}])
-def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"draft": 0, "power": 1.0, "value_norm": True, "profile": False}, {"look": 0.0, "lead": 20, "ask": 0.0}],
+)
+def test_it_does_what_the_slow_version_does(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = MODELS[name]()
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
     stream = tiny.tokens(PROMPT + NEW, 17)[0].tolist()
     ids, span, slots = stream[:PROMPT], (4, 55), 40
+    factors = (
+        torch.rand(model.config.num_hidden_layers, model.config.num_attention_heads, generator=torch.manual_seed(1))
+        + 0.5
+    )
+    factors = factors[:, : getattr(model.config, "num_key_value_heads", None)]
+    monkeypatch.setattr("auvsum.cache.heads.head_factors", lambda _: factors)
     cache, naive = HeadsCache(model.config, policy, slots), Naive(model, policy)
+    naive.factors = factors if policy.profile else naive.factors
     with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
         model(torch.tensor([ids]), past_key_values=cache)
     naive.call(ids, 0)
@@ -151,14 +178,15 @@ def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) 
             token = int(naive.call([token], PROMPT + place)[-1].argmax())
         naive.forget()
         drafted = naive.look(calls, chained=True)
-    for mine, theirs in ((look.looked, looked), (look.drafted, drafted)):
+    asked = naive.ask(ids, PROMPT - span[1]) if policy.ask else None
+    for mine, theirs in ((look.looked, looked), (look.drafted, drafted), (look.asked, asked)):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     cache.settle(0, look)
     room, write = policy.regions(slots, head_dim=model.config.hidden_size // model.config.num_attention_heads,
                                  element_bytes=4, bits=16)  # fmt: skip
-    naive.settle(policy.blend(look.looked, look.drafted), room, write)
+    naive.settle(policy.blend(look.looked, look.drafted, look.asked), room, write)
     counts = set()
     for step, token in enumerate(stream[PROMPT:]):
         for layer in range(naive.layers):
@@ -357,7 +385,15 @@ def test_what_it_cannot_do_is_said() -> None:
             model(torch.tensor([[1]]), past_key_values=cache)
         with pytest.raises(PolicyError, match="nothing tells which tokens to keep"):
             cache.settle(0, None)
-    for options in ({"look": 2.0}, {"weight": -1.0}, {"draft": -1}, {"prior": 0}, {"look": 0.0, "lead": 0, "draft": 0}):
+    for options in (
+        {"look": 2.0},
+        {"weight": -1.0},
+        {"draft": -1},
+        {"prior": 0},
+        {"ask": 2.0},
+        {"power": 0.0},
+        {"look": 0.0, "lead": 0, "draft": 0},
+    ):
         with pytest.raises(PolicyError):
             AUVLook(**options)
 
