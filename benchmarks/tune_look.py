@@ -32,7 +32,7 @@ from auvsum.eval.runner import Runner
 SETS = {
     "cnn_dailymail": {"dataset": "cnn_dailymail", "max_tokens": 80},
     "newsroom": {"dataset": "newsroom"},
-    "xsum5": {"dataset": "xsum", "shots": 5},
+    "xsum5": {"dataset": "xsum", "shots": 5, "max_tokens": 48},
     "beigebook": {"dataset": "beigebook", "max_document_tokens": 4000, "max_tokens": 80},
     "gao": {"dataset": "gao", "max_document_tokens": 4000, "max_tokens": 80},
 }
@@ -132,11 +132,11 @@ def main() -> None:
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name in args.sets.split(","):
         began = time.perf_counter()
-        config = EvalConfig(**{"limit": args.documents, "seed": 3, "model": args.model, **SETS[name]})
+        given = {"limit": args.documents, "half": args.half, "seed": 3, "model": args.model}
+        config = EvalConfig(**{**given, **SETS[name]})
         runner = Runner(config, loaded, load_examples(config.dataset, data_dir=args.data_dir))
-        step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[args.half]
         rows = found.setdefault(name, {})
-        for example in runner.examples[step][part::parts]:
+        for example in runner.examples[part::parts]:
             if time.perf_counter() - began > args.seconds:
                 break
             prompt = runner.prompter.ask(example.document).prompt

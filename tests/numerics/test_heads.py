@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from auvsum.cache.heads import HeadsCache, Look, second_look
 from auvsum.cache.policies.auv_look import AUVLook
+from auvsum.cache.profiles import head_factors
 from auvsum.engine.generate import Engine, Request
 from auvsum.errors import PolicyError
 from auvsum.events import Finished, Prefilled
+from auvsum.kernels.column_scores import attend_chunk
 from tests import tiny
 from tests.numerics import harness
 
@@ -411,3 +413,26 @@ def test_a_prompt_that_fills_the_positions_is_looked_at_with_what_is_left() -> N
     assert look.looked is not None
     assert bool(look.looked.isfinite().all())
     assert look.drafted is not None
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_powers_of_attention_are_summed_without_its_matrix(power: float) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16)
+    _, attention = attend_chunk(query, key, value, 0.25, 21)
+    logits = query @ key.repeat_interleave(2, 1).mT * 0.25
+    hidden = torch.ones(9, 30, dtype=torch.bool).triu(22)
+    want = logits.masked_fill(hidden, -torch.inf).softmax(-1).pow(power).sum(2).view(2, 2, 30).mean(1)
+    torch.testing.assert_close(attention.column_sums(power=power), want, rtol=1e-4, atol=1e-6)
+
+
+def test_only_models_that_were_measured_have_a_profile() -> None:
+    known = LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                        vocab_size=49152, max_position_embeddings=8192)  # fmt: skip
+    factors = head_factors(known)
+    assert factors is not None
+    assert factors.shape == (30, 3)
+    assert bool((factors > 0).all())
+    known.max_position_embeddings = 2048
+    assert head_factors(known) is None
+    assert head_factors(tiny.tiny_opt().config) is None
