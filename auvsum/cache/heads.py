@@ -30,7 +30,6 @@ from transformers.cache_utils import Cache
 from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, make_codec
 from auvsum.cache.policies.auv_look import AUVLook
-from auvsum.cache.profiles import head_factors
 from auvsum.cache.ragged import Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
@@ -89,8 +88,6 @@ class HeadsLayer(UncountedLayer):
         self.draft: Open | None = None
         #: How many of an open row's tokens stand before those that look.
         self.before: int | None = None
-        #: What a token of each head is worth, `[G]`.
-        self.factors: Tensor | None = None
         self.codec: Codec = Codec(torch.float32)
         #: For measurements of quality alone: a step need not unpack what has not changed, at the price of its memory.
         self.keeps_unpacked = False
@@ -297,7 +294,7 @@ class HeadsLayer(UncountedLayer):
         fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
         head = torch.cat([old, fresh.view(-1)])
         position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
-        aas = torch.cat([held.aas, held.write_aas[writing.flush].view(-1)])
+        aas = torch.cat([held.aas, held.write_aas[writing.flush].view(-1) * self.policy.fade])
         # The oldest token of each head stays: no head may be empty.
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
@@ -309,7 +306,7 @@ class HeadsLayer(UncountedLayer):
         )
         every = torch.arange(head.shape[0], device=device)
         rivals = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
-        score = self._scores(head[rivals], position[rivals], aas[rivals], [x[rivals] for x in values], groups)
+        score = self._scores(head[rivals] // groups, position[rivals], aas[rivals], [x[rivals] for x in values])
         score.masked_fill_(oldest[rivals], torch.inf)
         order = score.argsort(descending=True)
         if len(writing.due) > 1:  # row after row, in each the best first
@@ -330,13 +327,11 @@ class HeadsLayer(UncountedLayer):
         held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
         held.unpacked = None
 
-    def _scores(self, head: Tensor, position: Tensor, aas: Tensor, values: list[Tensor], groups: int) -> Tensor:
-        """By which tokens compete: the attention paid to each, a query that could pay it; heads counted over rows."""
-        prompt, since, end = self.writing.reach[:, head // groups]
+    def _scores(self, row: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
+        """By which tokens compete: the attention paid to each, a query that could pay it."""
+        prompt, since, end = self.writing.reach[:, row]
         score = aas / torch.where(position < prompt, self.policy.prior + since, end - position)
         score = score.pow(1 / self.policy.power)
-        if self.factors is not None:
-            score = score * self.factors[head % groups]
         return score * self.codec.unpack(values).float().norm(dim=-1) if self.policy.value_norm else score
 
     # -- looking in from outside --------------------------------------------------------------------------------------
@@ -420,7 +415,6 @@ class HeadsCache(Cache):  # type: ignore[misc]
         self.writing = Writing(rows)
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
-        self._factors = head_factors(config) if policy.profile else None
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 
@@ -510,11 +504,6 @@ class HeadsCache(Cache):  # type: ignore[misc]
         ranking = score
         if self.policy.value_norm:
             ranking = score * torch.stack([layer.rows[row].value.float().norm(dim=-1) for layer in self.layers])
-        if self._factors is not None:
-            factors = self._factors.to(score.device)
-            ranking = ranking * factors[..., None]
-            for layer, own in zip(self.layers, factors, strict=True):
-                layer.factors = own
         # The first token stays in every head: it takes the attention that a query has no use for.
         ranking = ranking.clone()
         ranking[..., 0] = torch.inf

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, LlamaConfig
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from auvsum.cache.heads import HeadsCache, Look, second_look
 from auvsum.cache.policies.auv_look import AUVLook
-from auvsum.cache.profiles import head_factors
 from auvsum.engine.generate import Engine, Request
 from auvsum.errors import PolicyError
 from auvsum.events import Finished, Prefilled
@@ -37,7 +36,6 @@ class Naive:
         self.alive: list[list[list[int]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.paid: dict[tuple[int, int, int], float] = {}
         self.room = [0] * self.layers
-        self.factors = torch.ones(self.layers, self.groups)
         self.first = self.written = self.prompt = 0
         AttentionInterface.register("naive-look", self.attend)
         AttentionMaskInterface.register("naive-look", lambda **_: None)
@@ -108,7 +106,6 @@ class Naive:
             for group in range(self.groups):
                 for position in range(self.prompt):
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
-                    norm *= float(self.factors[layer, group])
                     rank = float("inf") if position == 0 else float(score[layer, group, position]) * norm
                     ranked.append((rank, layer, group, position))
         ranked.sort(reverse=True)
@@ -125,6 +122,10 @@ class Naive:
         if now - self.first < self.write:
             return
         leaving = self.write - self.write // 2
+        for layer in range(self.layers):
+            for group in range(self.groups):
+                for position in range(self.first, self.first + leaving):
+                    self.paid[layer, group, position] *= self.policy.fade
         self.first += leaving
         for layer in range(self.layers):
             ranked = []
@@ -132,7 +133,6 @@ class Naive:
                 old = [p for p in self.alive[layer][group] if p < self.first]
                 for position in old:
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
-                    norm *= float(self.factors[layer, group])
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
                     score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
                     ranked.append((float("inf") if position == old[0] else score, group, position))
@@ -145,23 +145,14 @@ class Naive:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"draft": 0, "power": 1.0, "value_norm": True, "profile": False}, {"look": 0.0, "lead": 20, "ask": 0.0}],
+    [{}, {"draft": 0, "power": 1.0, "value_norm": True}, {"look": 0.0, "lead": 20, "ask": 0.0, "fade": 0.25}],
 )
-def test_it_does_what_the_slow_version_does(
-    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) -> None:
     model = MODELS[name]()
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
     stream = tiny.tokens(PROMPT + NEW, 17)[0].tolist()
     ids, span, slots = stream[:PROMPT], (4, 55), 40
-    factors = (
-        torch.rand(model.config.num_hidden_layers, model.config.num_attention_heads, generator=torch.manual_seed(1))
-        + 0.5
-    )
-    factors = factors[:, : getattr(model.config, "num_key_value_heads", None)]
-    monkeypatch.setattr("auvsum.cache.heads.head_factors", lambda _: factors)
     cache, naive = HeadsCache(model.config, policy, slots), Naive(model, policy)
-    naive.factors = factors if policy.profile else naive.factors
     with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
         model(torch.tensor([ids]), past_key_values=cache)
     naive.call(ids, 0)
@@ -424,15 +415,3 @@ def test_powers_of_attention_are_summed_without_its_matrix(power: float) -> None
     hidden = torch.ones(9, 30, dtype=torch.bool).triu(22)
     want = logits.masked_fill(hidden, -torch.inf).softmax(-1).pow(power).sum(2).view(2, 2, 30).mean(1)
     torch.testing.assert_close(attention.column_sums(power=power), want, rtol=1e-4, atol=1e-6)
-
-
-def test_only_models_that_were_measured_have_a_profile() -> None:
-    known = LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                        vocab_size=49152, max_position_embeddings=8192)  # fmt: skip
-    factors = head_factors(known)
-    assert factors is not None
-    assert factors.shape == (30, 3)
-    assert bool((factors > 0).all())
-    known.max_position_embeddings = 2048
-    assert head_factors(known) is None
-    assert head_factors(tiny.tiny_opt().config) is None
