@@ -294,7 +294,7 @@ class HeadsLayer(UncountedLayer):
         fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
         head = torch.cat([old, fresh.view(-1)])
         position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
-        aas = torch.cat([held.aas, held.write_aas[writing.flush].view(-1) * self.policy.fade])
+        aas = torch.cat([held.aas, held.write_aas[writing.flush].view(-1)])
         # The oldest token of each head stays: no head may be empty.
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]

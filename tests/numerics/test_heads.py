@@ -122,10 +122,6 @@ class Naive:
         if now - self.first < self.write:
             return
         leaving = self.write - self.write // 2
-        for layer in range(self.layers):
-            for group in range(self.groups):
-                for position in range(self.first, self.first + leaving):
-                    self.paid[layer, group, position] *= self.policy.fade
         self.first += leaving
         for layer in range(self.layers):
             ranked = []
@@ -145,7 +141,7 @@ class Naive:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"draft": 0, "power": 1.0, "value_norm": True}, {"look": 0.0, "lead": 20, "ask": 0.0, "fade": 0.25}],
+    [{}, {"draft": 0, "power": 1.0, "value_norm": True}, {"look": 0.0, "lead": 20, "ask": 0.0}],
 )
 def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) -> None:
     model = MODELS[name]()

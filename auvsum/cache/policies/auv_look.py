@@ -44,8 +44,6 @@ class AUVLook(Policy):
         power: of attention, of which the mean's root is the score: 1 is AUV's mean, 2 the root mean square.
         value_norm: whether a score is multiplied by the length of its value.
         prior: how many written tokens the prompt's score counts for, once writing has begun.
-        fade: what remains of the attention that a written token got while it was new, when it leaves the write region:
-            its neighbours looked at it, which later tokens will not.
     """
 
     look: float = 0.25
@@ -56,7 +54,6 @@ class AUVLook(Policy):
     power: float = 2.0
     value_norm: bool = False
     prior: int = 64
-    fade: float = 1.0
 
     name: ClassVar[str] = "auv-look"
     paper: ClassVar[str] = "AUV's scores over a second look at the prompt; after KVzip (Kim et al., NeurIPS 2025)"
@@ -76,8 +73,6 @@ class AUVLook(Policy):
                 raise PolicyError(f"{name} is {getattr(self, name)}", "it is a number of tokens")
         if self.power <= 0:
             raise PolicyError(f"power is {self.power}", "it must be more than 0")
-        if not 0 < self.fade <= 1:
-            raise PolicyError(f"fade is {self.fade}", "it must be more than 0 and at most 1")
         if self.prior < 1:
             raise PolicyError(f"prior is {self.prior}", "it must be at least 1")
         if not (self.look or self.lead or self.draft):
