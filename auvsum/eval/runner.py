@@ -343,10 +343,11 @@ def _measure_one(id: str) -> dict[str, Any]:
 
 
 def select(config: EvalConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """The in-context examples and the documents to measure: the whole set, or `limit` of it drawn with the seed."""
+    """The in-context examples and the documents to measure: the whole half, or `limit` of it drawn with the seed."""
     shots = choose_shots(examples, config.seed) if config.shots else []
     taken = {shot.id for shot in shots}
-    rest = [example for example in examples if example.id not in taken]
+    first, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[config.half]
+    rest = [example for example in examples[first::step] if example.id not in taken]
     limit = config.limit or task_of(config.dataset).limit
     if limit is not None and limit < len(rest):
         chosen = set(random.Random(config.seed).sample(range(len(rest)), limit))
