@@ -29,7 +29,7 @@ from auvsum.events import Finished
 
 #: On a GPU: the part of the free memory that is planned with, what a row needs beside its slots' keys and values, and
 #: the most documents together.
-_PLANNED, _ROW_OVERHEAD, _MOST_DOCUMENTS = 0.8, 1.5, 32
+_PLANNED, _ROW_OVERHEAD, _MOST_DOCUMENTS = 0.8, 1.5, 64
 
 #: Documents whose text is kept with the run, for the page of `auvsum report`.
 _SHOWN = 3
