@@ -143,6 +143,7 @@ class Runner:
             "threads": torch.get_num_threads(),
             "batch_size": self.batch_size or "auto",
             "model": self.loaded.name,
+            "documents": len(self.examples),
             "setting": self.prompter.setting,
             "shots": self.shot_ids,
             "truncated prompt": "without examples, the document cut at its end to what the bytes hold when it has been "

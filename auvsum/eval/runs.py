@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,10 @@ class Run:
             stream.flush()
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Writes one of the other files, whole or not at all."""
-        write_whole(self.path / name, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        """Writes one of the other files, whole or not at all; a list of numbers takes one line."""
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
+        text = re.sub(r"\[[-\d\s.,e+null]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+        write_whole(self.path / name, text + "\n")
 
     def metrics(self) -> dict[str, Any]:
         """What `auvsum score` computed.
