@@ -33,6 +33,12 @@ def score(run: Run, *, encoder: Encoder | None, progress: Callable[[str], None] 
     if not measured:
         raise RunError(f"{run.path} holds no measured documents", "see its samples.jsonl, or run it again")
     names = [cell.name for cell in cells(config)]
+    for sample in measured:
+        if missing := [name for name in names if name not in sample["rows"]]:
+            raise RunError(
+                f"{run.path}: document {sample['id']} has no row {missing[0]!r}, its config.yaml asks for one",
+                "a run's files belong together: measure again with another --out",
+            )
     table = _Table(config, measured, encoder)
     rows: dict[str, Any] = {}
     for name in names:
@@ -127,9 +133,7 @@ def _pairs(rows: dict[str, Any]) -> list[dict[str, Any]]:
 def _unfinished(run: Run, count: int) -> list[str]:
     """A run that was stopped says so wherever it is shown."""
     wanted = run.environment().get("documents", count)
-    return (
-        [f"the run is not finished: {count} of {wanted} documents, in the order of the file"] if count < wanted else []
-    )
+    return [f"the run is not finished: the first {count} of {wanted} documents"] if count < wanted else []
 
 
 def _notes(config: EvalConfig, samples: list[dict[str, Any]], rows: dict[str, Any]) -> list[str]:
