@@ -133,7 +133,7 @@ def _pairs(rows: dict[str, Any]) -> list[dict[str, Any]]:
 def _unfinished(run: Run, count: int) -> list[str]:
     """A run that was stopped says so wherever it is shown."""
     wanted = run.environment().get("documents", count)
-    return [f"the run is not finished: the first {count} of {wanted} documents"] if count < wanted else []
+    return [f"the run is not finished: {count} of {wanted} documents"] if count < wanted else []
 
 
 def _notes(config: EvalConfig, samples: list[dict[str, Any]], rows: dict[str, Any]) -> list[str]:

@@ -219,7 +219,7 @@ def test_a_folder_that_is_no_run_is_neither_read_nor_written(cli: Cli, common: l
 def test_a_run_that_was_stopped_says_so(cli: Cli, done: Path) -> None:
     lines = (done / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (done / "samples.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
-    assert "the run is not finished: the first 3 of 4 documents" in cli.inside("score", "runs/a").text
+    assert "the run is not finished: 3 of 4 documents" in cli.inside("score", "runs/a").text
 
 
 def test_kvpress_is_shown_beside_the_run_of_its_documents(cli: Cli, done: Path, one_line) -> None:
