@@ -429,6 +429,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         per_layer = [slots] * len(self.layers) if slots is None or isinstance(slots, int) else slots
         for layer, number in zip(self.layers, per_layer, strict=True):
             layer.longest[row] = prompt_tokens
+            layer.prefill_bytes = 0
             layer.share.pop(row, None)
             layer.compact.pop(row, None)
             if rotary is not None:

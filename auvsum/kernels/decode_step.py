@@ -202,7 +202,7 @@ def _evict_kernel(
         tl.store(pointer_ + b, (2 * local).to(tl.int64))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for good: captured steps hold its address
 def _tickets(device: torch.device, batch: int) -> Tensor:
     """How many heads of each row are done; every launch leaves zeros behind, so all layers share it."""
     return torch.zeros(batch, dtype=torch.int32, device=device)
