@@ -108,10 +108,14 @@ def _peer(path: Path) -> dict[str, Any]:
 
 
 def _beside(peer: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """kvpress's rows and ours on the documents that both measured; nothing where they are of other documents."""
+    """kvpress's rows and ours on the documents that both measured; nothing where that is less than half of its own."""
     ids = [one["id"] for one in metrics["documents"]]
     both = [(peer["documents"].index(id), at) for at, id in enumerate(ids) if id in peer["documents"]]
-    if not both or peer["dataset"] != metrics["config"]["dataset"] or peer["model"] != metrics["config"]["model"]:
+    if (
+        2 * len(both) < len(peer["documents"])
+        or peer["dataset"] != metrics["config"]["dataset"]
+        or peer["model"] != metrics["config"]["model"]
+    ):
         return ""
     versions = ", ".join(f"{name} {number}" for name, number in peer["versions"].items())
     lines = [
