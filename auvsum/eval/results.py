@@ -85,9 +85,9 @@ def _nacl_caveat(runs: Sequence[Run]) -> str:
     if not small:
         return ""
     return (
-        f" Not a fair fight at {', '.join(small)}: with fewer than 80 slots the ring in which NACL's newest tokens share "
-        "2.5% of them is one slot, so that while it writes it does not see what it wrote (its official code evicts nothing "
-        "then; docs/POLICIES.md)."
+        f" Not a fair fight at {', '.join(small)}: with fewer than 80 slots the ring in which NACL's newest tokens "
+        "share 2.5% of them is one slot, so that while it writes it does not see what it wrote (its official code "
+        "evicts nothing then; docs/POLICIES.md)."
     )
 
 
