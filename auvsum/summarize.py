@@ -1,6 +1,6 @@
 """From a document to its summary: read this file first.
 
-    document -> prompt (token ids) -> plan (strategy, policy, budget in slots) -> engine (events) -> Summary
+    document -> prompt (token ids) -> plan (strategy, policy, budget in slots) -> rounds -> engine (events) -> Summary
 
 Text lives in this file and above; below it there are only token ids and tensors.
 """
@@ -8,10 +8,11 @@ Text lives in this file and above; below it there are only token ids and tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
-from auvsum import strategies
+from auvsum import rounds, strategies
 from auvsum._version import __version__
 from auvsum.budget import SENSIBLE_SLOTS, ResolvedBudget, parse_budget, resolve
 from auvsum.cache.policy import Policy, make_policy
@@ -23,7 +24,7 @@ from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
 from auvsum.errors import BudgetError, DocumentEmpty
-from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, Token
+from auvsum.events import Event, Failed, Finished, Notice, Prefilled, Token
 from auvsum.text.citations import Citations, cite
 from auvsum.text.prompts import Prompt, build_prompt, truncate_document
 from auvsum.text.styles import shaped
@@ -40,7 +41,7 @@ class Plan:
 
     Attributes:
         document_tokens: of the whole document, before any truncation. cut_tokens: how many of them are not read.
-        strategy: `single`, `stream` or `map-reduce`: see `strategies.py`. The budget of `map-reduce` is a window's.
+        strategy: `single`, `stream` or `map-reduce` (`strategies.py`, `rounds.py`), whose budget is a window's.
         policy: the policy that runs; `full` when the budget is `auto` and the full cache fits.
         parts: how the prompt is read when not at the positions of its tokens.
         bits: of a stored key or value.
@@ -66,11 +67,6 @@ class Plan:
     def prompt_tokens(self) -> int:
         """Tokens the model reads."""
         return len(self.prompt.ids)
-
-    @property
-    def passes(self) -> int:
-        """How many prompts it takes: one, or (more than one) those of map-reduce."""
-        return 2 if self.strategy == "map-reduce" else 1
 
     @property
     def engine_key(self) -> tuple[str, str, int]:
@@ -265,8 +261,8 @@ class Summarizer:
         settings, loaded = self.settings, self.loaded
         parts: tuple[Part, ...] = ()
         if strategy == "map-reduce":
-            how = strategies.mapping(prompt, settings, loaded, max_new_tokens)
-            number = len(strategies.cut_windows(text, how.room, loaded.tokenizer))
+            how = rounds.mapping(prompt, settings, loaded, max_new_tokens)
+            number = len(rounds.cut_windows(text, how.room, loaded.tokenizer))
             warnings = strategies.explain(strategy, prompt, loaded, settings, number)
             frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
             tokens = min(len(prompt.ids), how.room + frame)
@@ -339,30 +335,49 @@ class Summarizer:
             DocumentError: this document cannot be summarized. BudgetError: the budget is too small for it.
         """
         plan = plan or self.plan(text)
-        writing = Writing(self, plan, id, source)
-        if on_event:
-            on_event(writing.started(0))
         if self.settings.style and on_text:
             # The shape of a summary is made when it is whole: it is heard then, and not piece by piece.
             on_text, whole = None, on_text
         else:
             whole = None
-        if plan.strategy == "map-reduce":
-            summary = strategies.map_reduce(self, text, plan, on_event=on_event, on_text=on_text)
-            summary.id, summary.source, summary.plan, summary.settings = id, source, plan, self.settings
-            summary.warnings[:0] = [warning for warning in plan.warnings if warning not in summary.warnings]
-        else:
-            for event in self.engine(plan).run([writing.request]):
-                if on_event:
-                    on_event(event)
-                piece = writing.hear(event)
-                if on_text and piece:
-                    on_text(piece)
-            summary = writing.summary
+        work = rounds.Rounds(self, text, plan, id, source)
+        if on_event:
+            on_event(work.started(0))
+        while work.summary is None:
+            # Prompts of one round rarely need different engines, but budgets that look at free memory may differ.
+            for _, alike in groupby(work.pieces(), key=lambda piece: piece.plan.engine_key):
+                self._write(work, alike, on_event, on_text)
+        summary = work.summary
         self.finish(summary, text, pages)
         if whole:
             whole(summary.text)
         return summary
+
+    def _write(
+        self,
+        work: rounds.Rounds,
+        pieces: Iterator[rounds.Piece],
+        on_event: Callable[[Event], None] | None,
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        """Prompts of one document through one engine."""
+        first = next(pieces)
+        taken: list[rounds.Piece] = []
+
+        def requests() -> Iterator[Request]:
+            for piece in chain((first,), pieces):
+                taken.append(piece)
+                yield piece.request
+
+        engine = self.engine(first.plan, 1 if first.writing else self.batch_size)
+        for event in engine.run(requests()):
+            piece = first if isinstance(event, Notice) else taken[event.request]
+            told = event if isinstance(event, Notice) else work.told(piece, replace(event, request=0))
+            if on_event and told:
+                on_event(told)
+            text = "" if isinstance(event, Notice) else work.hear(piece, event, engine.rows)
+            if on_text and text:
+                on_text(text)
 
     def finish(self, summary: Summary, text: str, pages: Sequence[tuple[int, int]] = ()) -> None:
         """What happens to a written summary: its shape, and where its sentences come from in the document's text."""
@@ -497,19 +512,6 @@ class Writing:
             id, source, "", plan, summarizer.settings, summarizer.loaded, warnings=list(plan.warnings)
         )
         self._pieces = _Pieces(summarizer.loaded.tokenizer)
-
-    def started(self, index: int) -> DocumentStarted:
-        """The event that announces the document."""
-        plan = self.plan
-        return DocumentStarted(
-            index,
-            self.summary.id,
-            plan.document_tokens,
-            plan.prompt_tokens,
-            plan.policy.name,
-            plan.strategy,
-            plan.budget,
-        )
 
     def hear(self, event: Event) -> str:
         """Takes note of an event.
