@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from auvsum.errors import DocumentTooLong
 from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, PrefillProgress
+from auvsum.text.passages import best_passages
 from auvsum.text.prompts import Prompt
 from auvsum.text.windows import Window, cut
 
@@ -31,6 +32,11 @@ WINDOW = 2048
 PART = 192
 #: Summaries of windows may not grow past this share of what they summarize: each round must shorten the text.
 _SHRINK = 4
+#: What the answer to a question is made of once a document is read in windows: `passages` that share its words, and the
+#: `answers` of the windows.
+ASKED_OF = ("passages", "answers")
+#: The share of a window that such passages take, and characters a token, about.
+_PASSAGES, _CHARACTERS = 4, 4
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Rounds:
         self._cost = _Cost()
         self._windows: list[Window] = []
         self._parts: dict[int, str] = {}
-        self._round = 0
+        self._round, self._text = 0, text
         if plan.strategy == "map-reduce":
             settings = summarizer.settings
             self._how = mapping(plan.prompt, settings, summarizer.loaded, plan.max_new_tokens)
@@ -184,8 +190,21 @@ class Rounds:
         joined = join(self._windows, [self._parts[i] for i in range(len(self._windows))])
         if len(joined) >= before:
             raise DocumentTooLong("the summaries of its parts are no shorter than the document", "lower --max-tokens")
-        self._windows = cut_windows(joined, self._how.room, self._summarizer.loaded.tokenizer)
+        query, tokenizer, room = self._summarizer.settings.query, self._summarizer.loaded.tokenizer, self._how.room
+        self._windows = cut_windows(joined, room - room // _PASSAGES if query else room, tokenizer)
+        if query and len(self._windows) == 1:
+            self._windows = [Window(self._evidence(query, joined, room // _PASSAGES), "")]
         self._parts, self._round, self.due = {}, self._round + 1, True
+
+    def _evidence(self, query: str, answers: str, room: int) -> str:
+        """What the question is asked of: a window's answer may be made up, the document's own words are not."""
+        characters = room * _CHARACTERS
+        passages = best_passages(self._text, query, characters)
+        while len(self._summarizer.loaded.tokenizer(passages, verbose=False)["input_ids"]) > room:
+            characters //= 2
+            passages = best_passages(self._text, query, characters)
+        parts = {"passages": passages, "answers": answers}
+        return "\n\n".join(parts[name] for name in ASKED_OF if parts[name]) or answers
 
     def _complete(self, summary: Summary, rows: int) -> None:
         cost = self._cost
