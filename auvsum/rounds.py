@@ -32,10 +32,7 @@ WINDOW = 2048
 PART = 192
 #: Summaries of windows may not grow past this share of what they summarize: each round must shorten the text.
 _SHRINK = 4
-#: What the answer to a question is made of once a document is read in windows: `passages` that share its words, and the
-#: `answers` of the windows.
-ASKED_OF = ("passages", "answers")
-#: The share of a window that such passages take, and characters a token, about.
+#: The share of a window that the passages take of which a question is asked, and characters a token, about.
 _PASSAGES, _CHARACTERS = 4, 4
 
 
@@ -77,6 +74,21 @@ def cut_windows(text: str, room: int, tokenizer: Any) -> list[Window]:
     return cut(text, room, count)
 
 
+def windows_to_read(text: str, room: int, summarizer: Summarizer) -> list[Window]:
+    """The windows of a document; with a question, one of the passages that share its words, where there are any.
+
+    Asked of every window, a small model makes up an answer in most of them (docs/LOG.md).
+    """
+    tokenizer, query = summarizer.loaded.tokenizer, summarizer.settings.query
+    if query:
+        characters = room // _PASSAGES * _CHARACTERS
+        while passages := best_passages(text, query, characters):
+            if len(tokenizer(passages, verbose=False)["input_ids"]) <= room:
+                return [Window(passages, "")]
+            characters //= 2
+    return cut_windows(text, room, tokenizer)
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A prompt of a document's current round. `writing` is there in the last one."""
@@ -108,7 +120,7 @@ class Rounds:
         self._cost = _Cost()
         self._windows: list[Window] = []
         self._parts: dict[int, str] = {}
-        self._round, self._text = 0, text
+        self._round = 0
         if plan.strategy == "map-reduce":
             settings = summarizer.settings
             self._how = mapping(plan.prompt, settings, summarizer.loaded, plan.max_new_tokens)
@@ -116,7 +128,7 @@ class Rounds:
                 settings, strategy="single", sentences=None, words=None, style=None, max_tokens=self._how.max_new_tokens
             )
             self._mapper = summarizer.with_settings(shorter)
-            self._windows = cut_windows(text, self._how.room, summarizer.loaded.tokenizer)
+            self._windows = windows_to_read(text, self._how.room, summarizer)
 
     def started(self, index: int) -> DocumentStarted:
         """The event that announces the document."""
@@ -190,21 +202,8 @@ class Rounds:
         joined = join(self._windows, [self._parts[i] for i in range(len(self._windows))])
         if len(joined) >= before:
             raise DocumentTooLong("the summaries of its parts are no shorter than the document", "lower --max-tokens")
-        query, tokenizer, room = self._summarizer.settings.query, self._summarizer.loaded.tokenizer, self._how.room
-        self._windows = cut_windows(joined, room - room // _PASSAGES if query else room, tokenizer)
-        if query and len(self._windows) == 1:
-            self._windows = [Window(self._evidence(query, joined, room // _PASSAGES), "")]
+        self._windows = cut_windows(joined, self._how.room, self._summarizer.loaded.tokenizer)
         self._parts, self._round, self.due = {}, self._round + 1, True
-
-    def _evidence(self, query: str, answers: str, room: int) -> str:
-        """What the question is asked of: a window's answer may be made up, the document's own words are not."""
-        characters = room * _CHARACTERS
-        passages = best_passages(self._text, query, characters)
-        while len(self._summarizer.loaded.tokenizer(passages, verbose=False)["input_ids"]) > room:
-            characters //= 2
-            passages = best_passages(self._text, query, characters)
-        parts = {"passages": passages, "answers": answers}
-        return "\n\n".join(parts[name] for name in ASKED_OF if parts[name]) or answers
 
     def _complete(self, summary: Summary, rows: int) -> None:
         cost = self._cost

@@ -51,6 +51,11 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
 
 def explain(strategy: str, prompt: Prompt, loaded: LoadedModel, settings: Settings, number: int) -> list[str]:
     """What people should know about a strategy that is not the plain one."""
+    if strategy == "map-reduce" and number == 1 and settings.query:
+        return [
+            f"the question is asked of the passages that share its words, of {len(prompt.ids):,} tokens in all: "
+            f"{loaded.name} has {loaded.max_positions or 0:,} positions"
+        ]
     auto = "auto chose it" if settings.strategy == "auto" else "as asked"
     if strategy == "map-reduce" and number > 1:
         return [

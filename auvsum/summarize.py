@@ -262,7 +262,7 @@ class Summarizer:
         parts: tuple[Part, ...] = ()
         if strategy == "map-reduce":
             how = rounds.mapping(prompt, settings, loaded, max_new_tokens)
-            number = len(rounds.cut_windows(text, how.room, loaded.tokenizer))
+            number = len(rounds.windows_to_read(text, how.room, self))
             warnings = strategies.explain(strategy, prompt, loaded, settings, number)
             frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
             tokens = min(len(prompt.ids), how.room + frame)

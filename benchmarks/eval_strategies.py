@@ -4,7 +4,7 @@
     python benchmarks/eval_strategies.py fidelity --data-dir DIR --out runs.jsonl
     python benchmarks/eval_strategies.py lexrank  --data-dir DIR --out runs.jsonl --jobs 8
     python benchmarks/eval_strategies.py score    --data-dir DIR --out runs.jsonl --json benchmarks/results/long.json
-    python benchmarks/eval_strategies.py page     --json benchmarks/results/long.json --out docs/LONG.md
+    python benchmarks/long_page.py                          # docs/LONG.md from all committed results about length
 
 A case is strategy:policy:budget, then key=value for other settings (window, chunk; part: tokens of a window's summary).
 `single` is measured on the documents that fit the model's positions, the others on all of them. Fidelity is what a
@@ -42,7 +42,7 @@ LEXRANK = "lexrank"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["generate", "fidelity", "lexrank", "score", "page"])
+    parser.add_argument("step", choices=["generate", "fidelity", "lexrank", "score"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
@@ -50,10 +50,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--batch-size", default="auto")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins after so many seconds")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    {"generate": generate, "fidelity": fidelity, "lexrank": lexrank, "score": score, "page": page}[given.step](given)
+    {"generate": generate, "fidelity": fidelity, "lexrank": lexrank, "score": score}[given.step](given)
 
 
 # -- documents and files ----------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, int | None]:
     strategy, policy, budget, *options = case.split(":")
     values: dict[str, Any] = {key: int(value) for key, value in (option.split("=") for option in options)}
     part = values.pop("part", None)
-    base = {"model": given.model, "batch_size": given.batch_size}
+    base = {"model": given.model, "batch_size": given.batch_size, "device": given.device}
     return Settings(**base, strategy=strategy, policy=policy, budget=budget, **values), part
 
 
@@ -316,17 +317,6 @@ def score(given: argparse.Namespace) -> None:
     record = {"benchmark": "strategies", "encoder": encoder.label, **common.versions(), "rows": list(scored.values())}
     text = json.dumps(record, ensure_ascii=False)
     given.json.write_text(text.replace('}, {"case"', '},\n{"case"') + "\n", encoding="utf-8")
-
-
-# -- page -------------------------------------------------------------------------------------------------------------
-
-
-def page(given: argparse.Namespace) -> None:
-    """The tables for people."""
-    from benchmarks.strategies_page import written
-
-    assert given.json is not None
-    given.out.write_text(written(json.loads(given.json.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python benchmarks/needle.py --lengths 4096 --depths 3 --cases single:full:auto stream:auv:512
     python benchmarks/needle.py --out benchmarks/results/needle.json
 
-A case is strategy:policy:budget, then key=value (chunk, window; look: `passages`, `answers` or both with a +, what
-map-reduce asks the question of in the end). The haystack is the sample report, over and over. `single` is left out
-where the document is longer than the positions. The answer counts when it holds the planted code word. Each fact is
-asked for in its own words, and in others.
+A case is strategy:policy:budget, then key=value (chunk, window; passages=0 has map-reduce ask every window). The haystack
+is the sample report, over and over. `single` is left out where the document is longer than the positions. The answer
+counts when it holds the planted code word. Each fact is asked for in its own words, and in others.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from benchmarks import common
 CASES = [
     "single:full:auto",
     "map-reduce:auto:auto",
-    "map-reduce:auto:auto:look=answers",
-    "map-reduce:auto:auto:look=passages",
+    "map-reduce:auto:auto:passages=0",
     "stream:auv:512:chunk=2048",
     "stream:auv:2048:chunk=2048",
     "stream:h2o:2048:chunk=2048",
@@ -48,6 +46,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--batch-size", default="auto")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no row begins after so many seconds")
     parser.add_argument("--out", type=Path, help="JSON, written after each row")
     given = parser.parse_args()
@@ -55,7 +54,12 @@ def main() -> None:
     from auvsum import Summarizer
     from auvsum.config import Settings
 
-    base = {"model": given.model, "max_tokens": given.max_tokens, "batch_size": given.batch_size}
+    base = {
+        "model": given.model,
+        "max_tokens": given.max_tokens,
+        "batch_size": given.batch_size,
+        "device": given.device,
+    }
     first = Summarizer.from_settings(Settings(**base))
     start, rows = time.perf_counter(), []
     for length, way, case in ((n, way, case) for n in given.lengths for way in given.ways for case in given.cases):
@@ -87,7 +91,7 @@ def _found(first: Any, base: dict[str, Any], case: str, way: str, length: int, d
 
     strategy, policy, budget, *options = case.split(":")
     values: dict[str, Any] = dict(option.split("=") for option in options)
-    look = values.pop("look", "passages+answers")
+    every = values.pop("passages", "1") == "0"
     fact, query = WAYS[way]
     settings = {**base, "strategy": strategy, "policy": policy, "budget": budget, "query": query}
     summarizer = first.with_settings(Settings(**settings, **{key: int(value) for key, value in values.items()}))
@@ -95,9 +99,11 @@ def _found(first: Any, base: dict[str, Any], case: str, way: str, length: int, d
     words = [WORDS[number % len(WORDS)] for number in range(depths)]
     places = [number / max(1, depths - 1) for number in range(depths)]
     texts = [haystack(tokenizer, length, at, fact.format(word=word)) for at, word in zip(places, words, strict=True)]
-    kept, rounds.ASKED_OF = rounds.ASKED_OF, tuple(look.split("+"))
+    kept = rounds.best_passages
+    if every:
+        rounds.best_passages = lambda *given: ""
     results = list(summarizer.run(Document(str(i), text, "utf-8") for i, text in enumerate(texts)))
-    rounds.ASKED_OF = kept
+    rounds.best_passages = kept
     answers = [result.record()["summary"] for result in results]
     hits = [None if answer is None else word in answer.lower() for answer, word in zip(answers, words, strict=True)]
     return {

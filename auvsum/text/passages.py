@@ -7,10 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from auvsum.text.citations import COMMON
+
 _PARAGRAPH = re.compile(r"\S.*?(?=\n[ \t]*\n|\Z)", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
 #: A paragraph longer than this is looked at in pieces cut at blanks.
 _LONGEST = 1200
+#: Words of questions that say nothing about what is asked.
+_ASKING = frozenset({"about", "how", "say", "tell", "text", "document", "why", "where", "whose", "which", "answer"})
 #: BM25's saturation of repeated words, and how much a passage's length counts.
 _K1, _B = 1.2, 0.75
 
@@ -19,9 +23,9 @@ def best_passages(text: str, question: str, characters: int) -> str:
     """The passages most like a question, in the order of the text, of at most so many characters in all.
 
     Returns:
-        an empty text where no passage shares a word with the question.
+        an empty text where no passage shares a telling word with the question.
     """
-    wanted = set(_words(question))
+    wanted = set(_words(question)) - COMMON - _ASKING
     spans: list[tuple[int, int]] = []
     counts: list[tuple[Counter[str], int]] = []
     frequency: Counter[str] = Counter()

@@ -180,3 +180,18 @@ def test_a_document_whose_window_fails_stops_no_other(folders: dict[str, str], m
     assert isinstance(results[1], Summary)
     with pytest.raises(GenerationFailed):
         model.summarize(LONG)
+
+
+def test_a_question_to_a_long_document_is_asked_of_its_passages(folders: dict[str, str]) -> None:
+    text = LONG + "\n\nThe lighthouse keeper is called Marigold.\n\n" + LONG
+    model = summarizer(folders["llama"], query="who is the keeper of the lighthouse")
+    plan = model.plan(text)
+    assert plan.strategy == "map-reduce"
+    assert any("passages" in warning for warning in plan.warnings)
+    asked = model.summarize(text)
+    passage = "The lighthouse keeper is called Marigold."
+    alone = summarizer(folders["llama"], query="who is the keeper of the lighthouse").summarize(passage)
+    assert asked.text == alone.text
+    assert asked.record()["warnings"][0] == plan.warnings[0]
+    # Nothing in common: every window is asked.
+    assert any("windows" in warning for warning in summarizer(folders["llama"], query="xyz").plan(text).warnings)
