@@ -1,6 +1,6 @@
 """What a document needs from an engine, round by round: one prompt, or (map-reduce) its windows, then their summaries.
 
-    rounds = Rounds(summarizer, text, plan)
+    rounds = Rounds(summarizer, plan, id, source)
     while rounds.summary is None:
         for piece in rounds.pieces():        # prompts that can be read in any order, beside those of other documents
             ...                              # rounds.hear(piece, event) for each event of the engine about it
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from auvsum.errors import DocumentTooLong
+from auvsum.errors import DocumentTooLong, GenerationFailed
 from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, PrefillProgress
 from auvsum.text.passages import best_passages
 from auvsum.text.prompts import Prompt
@@ -74,19 +74,18 @@ def cut_windows(text: str, room: int, tokenizer: Any) -> list[Window]:
     return cut(text, room, count)
 
 
-def windows_to_read(text: str, room: int, summarizer: Summarizer) -> list[Window]:
-    """The windows of a document; with a question, one of the passages that share its words, where there are any.
+def passages_to_read(text: str, room: int, query: str, tokenizer: Any) -> list[Window]:
+    """One window of the passages that share a question's words; none where there are none.
 
     Asked of every window, a small model makes up an answer in most of them (docs/LOG.md).
     """
-    tokenizer, query = summarizer.loaded.tokenizer, summarizer.settings.query
-    if query:
-        characters = room // _PASSAGES * _CHARACTERS
-        while passages := best_passages(text, query, characters):
-            if len(tokenizer(passages, verbose=False)["input_ids"]) <= room:
-                return [Window(passages, "")]
-            characters //= 2
-    return cut_windows(text, room, tokenizer)
+    characters = room // _PASSAGES * _CHARACTERS
+    while passages := best_passages(text, query, characters):
+        tokens = len(tokenizer(passages, verbose=False)["input_ids"])
+        if tokens <= room:
+            return [Window(passages, 0, len(passages), "", tokens)]
+        characters //= 2
+    return []
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,15 +109,13 @@ class Rounds:
         due: whether a round waits for `pieces` to be called.
     """
 
-    def __init__(
-        self, summarizer: Summarizer, text: str, plan: Plan, id: str, source: str, *, free: int | None = None
-    ) -> None:
+    def __init__(self, summarizer: Summarizer, plan: Plan, id: str, source: str, *, free: int | None = None) -> None:
         self.plan, self.due = plan, True
         self.summary: Summary | None = None
         self._id, self._source, self._free = id, source, free
         self._summarizer = summarizer
         self._cost = _Cost()
-        self._windows: list[Window] = []
+        self._windows = list(plan.windows)
         self._parts: dict[int, str] = {}
         self._round = 0
         if plan.strategy == "map-reduce":
@@ -128,7 +125,6 @@ class Rounds:
                 settings, strategy="single", sentences=None, words=None, style=None, max_tokens=self._how.max_new_tokens
             )
             self._mapper = summarizer.with_settings(shorter)
-            self._windows = windows_to_read(text, self._how.room, summarizer)
 
     def started(self, index: int) -> DocumentStarted:
         """The event that announces the document."""
@@ -151,7 +147,7 @@ class Rounds:
                 plan = self._mapper.plan(window.text, free=self._free)
                 yield Piece(number, plan, self._mapper.request(plan))
             return
-        if self._windows:  # the last round of map-reduce: what is left is one prompt
+        if self.plan.strategy == "map-reduce":  # its last round: what is left is one prompt
             final = self._summarizer.with_settings(replace(self._summarizer.settings, strategy="single"))
             plan = final.plan(self._windows[0].text, free=self._free)
             writing = Writing(final, plan, self._id, self._source)
@@ -198,8 +194,10 @@ class Rounds:
 
     def _reduce(self) -> None:
         """All windows have their summaries: these are the text of the next round."""
-        before = sum(len(window.text) for window in self._windows)
+        before = sum(window.end - window.start for window in self._windows)
         joined = join(self._windows, [self._parts[i] for i in range(len(self._windows))])
+        if not joined:
+            raise GenerationFailed("the summaries of its parts are empty", "use another model, or a larger budget")
         if len(joined) >= before:
             raise DocumentTooLong("the summaries of its parts are no shorter than the document", "lower --max-tokens")
         self._windows = cut_windows(joined, self._how.room, self._summarizer.loaded.tokenizer)
@@ -208,7 +206,7 @@ class Rounds:
     def _complete(self, summary: Summary, rows: int) -> None:
         cost = self._cost
         summary.batch_size = max(rows, cost.rows)
-        if self._windows:
+        if self.plan.strategy == "map-reduce":
             summary.plan, summary.settings = self.plan, self._summarizer.settings
             summary.warnings[:0] = [warning for warning in self.plan.warnings if warning not in summary.warnings]
             summary.prefill_seconds += cost.prefill

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: What `auto` does with a document past the positions.
 BEYOND = "map-reduce"
+#: More characters than this a token has no text, but for blanks.
+_CHARACTERS = 64
 _APPROXIMATION = "an approximation: --strategy map-reduce reads each part at its own positions"
 
 
@@ -49,18 +51,25 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
     return BEYOND if asked == "auto" else asked
 
 
-def explain(strategy: str, prompt: Prompt, loaded: LoadedModel, settings: Settings, number: int) -> list[str]:
-    """What people should know about a strategy that is not the plain one."""
-    if strategy == "map-reduce" and number == 1 and settings.query:
-        return [
-            f"the question is asked of the passages that share its words, of {len(prompt.ids):,} tokens in all: "
-            f"{loaded.name} has {loaded.max_positions or 0:,} positions"
-        ]
+def surely_over(text: str, settings: Settings, loaded: LoadedModel) -> bool:
+    """Whether a text is so long that it will be read in windows, without counting its tokens: they are never all held.
+
+    A text that is mostly blanks may be judged wrongly; it is then one window, and read as it would have been.
+    """
+    limit = loaded.max_positions
+    beyond = settings.strategy == "map-reduce" or (settings.strategy == "auto" and BEYOND == "map-reduce")
+    return limit is not None and beyond and not settings.truncate and len(text) > _CHARACTERS * limit
+
+
+def explain(tokens: int, loaded: LoadedModel, settings: Settings, number: int, passages: bool) -> list[str]:
+    """What people should know about map-reduce: `tokens` in `number` windows, or a question and its passages."""
+    positions = f"{loaded.name} has {loaded.max_positions or 0:,} positions"
+    if passages:
+        return [f"the question is asked of the passages that share its words, of {tokens:,} tokens in all: {positions}"]
     auto = "auto chose it" if settings.strategy == "auto" else "as asked"
-    if strategy == "map-reduce" and number > 1:
+    if number > 1:
         return [
-            f"map-reduce ({auto}): {len(prompt.ids):,} tokens in {number} windows, whose summaries are summarized; "
-            f"{loaded.name} has {loaded.max_positions or 0:,} positions"
+            f"map-reduce ({auto}): {tokens:,} tokens in {number} windows, whose summaries are summarized; {positions}"
         ]
     return []
 

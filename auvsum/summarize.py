@@ -28,6 +28,7 @@ from auvsum.events import Event, Failed, Finished, Notice, Prefilled, Token
 from auvsum.text.citations import Citations, cite
 from auvsum.text.prompts import Prompt, build_prompt, truncate_document
 from auvsum.text.styles import shaped
+from auvsum.text.windows import Window
 
 if TYPE_CHECKING:
     from auvsum.batch import Failure
@@ -44,6 +45,7 @@ class Plan:
         strategy: `single`, `stream` or `map-reduce` (`strategies.py`, `rounds.py`), whose budget is a window's.
         policy: the policy that runs; `full` when the budget is `auto` and the full cache fits.
         parts: how the prompt is read when not at the positions of its tokens.
+        windows: of map-reduce. The prompt of a very long document is only the frame around it.
         bits: of a stored key or value.
     """
 
@@ -57,6 +59,7 @@ class Plan:
     warnings: tuple[str, ...]
     parts: tuple[Part, ...] = ()
     bits: int = 16
+    windows: tuple[Window, ...] = ()
 
     @property
     def layer_slots(self) -> list[int]:
@@ -65,8 +68,8 @@ class Plan:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens the model reads."""
-        return len(self.prompt.ids)
+        """Tokens the model reads: the document's, and those of the frame around it."""
+        return self.document_tokens - self.cut_tokens + self.prompt.frame_tokens
 
     @property
     def engine_key(self) -> tuple[str, str, int]:
@@ -225,9 +228,10 @@ class Summarizer:
         if not text.strip():
             raise DocumentEmpty("the document is empty", "give it some text")
         settings, warnings = self.settings, []
+        very_long = strategies.surely_over(text, settings, self.loaded)
         prompt = build_prompt(
             self.loaded.tokenizer,
-            text,
+            "" if very_long else text,
             template=settings.template,
             instruction=settings.instruction,
             sentences=settings.sentences,
@@ -237,7 +241,10 @@ class Summarizer:
         )
         document_tokens = prompt.document[1] - prompt.document[0]
         max_new_tokens = settings.max_tokens or prompt.max_new_tokens
-        strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
+        if very_long:
+            strategy = "map-reduce"
+        else:
+            strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
         if strategy == "stream":
             self.policy.refuse_chunks()
         over = self._over(prompt, max_new_tokens)
@@ -260,12 +267,21 @@ class Summarizer:
         """The plan of a document that is streamed, or read in windows."""
         settings, loaded = self.settings, self.loaded
         parts: tuple[Part, ...] = ()
+        windows: list[Window] = []
+        document_tokens = prompt.document[1] - prompt.document[0]
         if strategy == "map-reduce":
             how = rounds.mapping(prompt, settings, loaded, max_new_tokens)
-            number = len(rounds.windows_to_read(text, how.room, self))
-            warnings = strategies.explain(strategy, prompt, loaded, settings, number)
-            frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
-            tokens = min(len(prompt.ids), how.room + frame)
+            windows = rounds.cut_windows(text, how.room, loaded.tokenizer)
+            document_tokens = max(document_tokens, sum(window.tokens for window in windows))
+            passages: list[Window] = []
+            if settings.query and len(windows) > 1:
+                passages = rounds.passages_to_read(text, how.room, settings.query, loaded.tokenizer)
+            frame = prompt.frame_tokens
+            warnings = strategies.explain(
+                document_tokens + frame, loaded, settings, len(windows), passages=bool(passages)
+            )
+            windows = passages or windows
+            tokens = min(document_tokens, how.room) + frame
             policy, budget, bits = self._budget(tokens, max_new_tokens, free, self.second_look or self.policy)
         elif over:
             policy, bits = strategies.must_evict(self.policy), _bits(settings)
@@ -277,8 +293,10 @@ class Summarizer:
             policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens, free, self.policy)
             warnings = []
         warnings += _budget_warnings(policy, budget)
-        tokens = prompt.document[1] - prompt.document[0]
-        return Plan(prompt, tokens, 0, max_new_tokens, strategy, policy, budget, tuple(warnings), parts, bits)
+        told = tuple(warnings)
+        return Plan(
+            prompt, document_tokens, 0, max_new_tokens, strategy, policy, budget, told, parts, bits, tuple(windows)
+        )
 
     def with_settings(self, settings: Settings) -> Summarizer:
         """The same model with other settings."""
@@ -340,7 +358,7 @@ class Summarizer:
             on_text, whole = None, on_text
         else:
             whole = None
-        work = rounds.Rounds(self, text, plan, id, source)
+        work = rounds.Rounds(self, plan, id, source)
         if on_event:
             on_event(work.started(0))
         while work.summary is None:

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--batch-size", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins after so many seconds")
+    parser.add_argument("--title", default="", help="of the table: where the summaries were written")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
     {"generate": generate, "fidelity": fidelity, "lexrank": lexrank, "score": score}[given.step](given)
@@ -314,7 +315,13 @@ def score(given: argparse.Namespace) -> None:
         for one, value in zip(found, values, strict=True):
             one[f"{prefix}bertscore"] = round(value, 3)
     assert given.json is not None
-    record = {"benchmark": "strategies", "encoder": encoder.label, **common.versions(), "rows": list(scored.values())}
+    record = {
+        "benchmark": "strategies",
+        "title": given.title,
+        "encoder": encoder.label,
+        **common.versions(),
+        "rows": list(scored.values()),
+    }
     text = json.dumps(record, ensure_ascii=False)
     given.json.write_text(text.replace('}, {"case"', '},\n{"case"') + "\n", encoding="utf-8")
 

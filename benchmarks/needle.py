@@ -3,9 +3,9 @@
     python benchmarks/needle.py --lengths 4096 --depths 3 --cases single:full:auto stream:auv:512
     python benchmarks/needle.py --out benchmarks/results/needle.json
 
-A case is strategy:policy:budget, then key=value (chunk, window; passages=0 has map-reduce ask every window). The haystack
-is the sample report, over and over. `single` is left out where the document is longer than the positions. The answer
-counts when it holds the planted code word. Each fact is asked for in its own words, and in others.
+A case is strategy:policy:budget, then key=value (chunk, window; passages=0 has map-reduce ask every window). The
+haystack is the sample report, over and over. `single` is left out where the document is longer than the positions. The
+answer counts when it holds the planted code word. Each fact is asked for in its own words, and in others.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--batch-size", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no row begins after so many seconds")
+    parser.add_argument("--title", default="", help="of the table")
     parser.add_argument("--out", type=Path, help="JSON, written after each row")
     given = parser.parse_args()
 
@@ -70,7 +71,7 @@ def main() -> None:
             {"case": case, "way": way, "tokens": length, **_found(first, base, case, way, length, given.depths)}
         )
         print(rows[-1], file=sys.stderr, flush=True)
-        record = {"benchmark": "needle", **common.machine(), **common.versions(), "rows": rows}
+        record = {"benchmark": "needle", "title": given.title, **common.machine(), **common.versions(), "rows": rows}
         if given.out:
             given.out.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     common.print_table(

@@ -195,3 +195,24 @@ def test_a_question_to_a_long_document_is_asked_of_its_passages(folders: dict[st
     assert asked.record()["warnings"][0] == plan.warnings[0]
     # Nothing in common: every window is asked.
     assert any("windows" in warning for warning in summarizer(folders["llama"], query="xyz").plan(text).warnings)
+
+
+def test_a_very_long_text_is_never_tokenized_whole(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from auvsum import strategies
+
+    model = summarizer(folders["llama"])
+    whole = model.plan(LONG)
+    monkeypatch.setattr(strategies, "_CHARACTERS", 0.1)
+    plan = model.plan(LONG)
+    assert len(plan.prompt.ids) == plan.prompt.frame_tokens == whole.prompt.frame_tokens
+    assert plan.document_tokens == pytest.approx(whole.document_tokens, rel=0.02)
+    assert plan.prompt_tokens == plan.document_tokens + plan.prompt.frame_tokens
+    assert [window.text for window in plan.windows] == [window.text for window in whole.windows]
+    assert plan.budget.slots == whole.budget.slots
+    # One that fits after all is read as it would have been.
+    short = SENTENCE * 3
+    expected = model.summarize(short).text if model.plan(short).strategy == "map-reduce" else None
+    with monkeypatch.context() as patch:
+        patch.setattr(strategies, "_CHARACTERS", 64)
+        assert model.plan(short).strategy == "single"
+        assert model.summarize(short).text == expected
