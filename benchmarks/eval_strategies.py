@@ -122,7 +122,9 @@ def generate(given: argparse.Namespace) -> None:
         start = time.perf_counter()
         texts = [Document(f"{name}/{example.id}", example.document, "utf-8") for name, example in todo]
         with last_prompts() as prompts:
-            results = list(summarizer.with_settings(settings).run(texts))
+            results = summarizer.with_settings(settings).run(texts)
+            for (name, _), result in zip(todo, results, strict=True):
+                append(given.out, [_row(case, name, result, prompts)])
         seconds = time.perf_counter() - start
         append(given.out, (_row(case, name, result, prompts) for (name, _), result in zip(todo, results, strict=True)))
         print(f"{case}: {len(todo)} documents in {seconds:.0f} s", file=sys.stderr, flush=True)
