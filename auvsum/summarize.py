@@ -186,11 +186,11 @@ class Summarizer:
             return min(self.batch_size, documents)
         requests = [self.request(plan)] * min(documents, MOST_ROWS[self.loaded.device.type])
         chunk = self.settings.chunk if plan.strategy == "stream" else None
-        return rows_that_fit(self.loaded.model, plan.policy, requests, chunk, plan.bits)
+        return rows_that_fit(self.loaded.model, plan.policy, requests, chunk, plan.bits, self.loaded.kept.bytes)
 
     def free_bytes(self) -> int:
-        """Free memory of the device, or devices, now."""
-        return free_over(self.loaded.devices or (self.loaded.device,))
+        """Free memory of the device, or devices, now; what is only kept for the next run is free too."""
+        return free_over(self.loaded.devices or (self.loaded.device,)) + self.loaded.kept.bytes
 
     @classmethod
     def from_pretrained(cls, model: str | None = None, **settings: Any) -> Summarizer:
@@ -313,6 +313,7 @@ class Summarizer:
             batch_size=batch_size,
             sampling=Sampling(settings.temperature, settings.top_p, settings.repetition_penalty, settings.seed),
             bits=plan.bits,
+            kept=self.loaded.kept,
         )
 
     def request(self, plan: Plan) -> Request:

@@ -1,19 +1,22 @@
 """The CPU table: auvsum beside what else runs on a laptop, interleaved in one run. Medians; the last line is JSON.
 
-    python benchmarks/bench_cpu.py                                        # every section
+    python benchmarks/bench_cpu.py --gguf model.gguf --out benchmarks/results/cpu.json       # every section
     python benchmarks/bench_cpu.py --only decode,bookkeeping
-    python benchmarks/bench_cpu.py --gguf model.gguf --out benchmarks/results/cpu.json
+    python benchmarks/bench_cpu.py --peers ~/peers/bin/python          # the peers are installed there
 
-Sections: `decode` (OPT-125m's shape, a prompt read at once and streamed), `document` (the default model, a long
-document end to end), `large` (OPT-1.3b's shape, one process an engine, for its memory), `batch`, `bookkeeping`. Peers
-are transformers, CTranslate2 (`pip install ctranslate2`; a random checkpoint is converted) and llama.cpp
-(`pip install llama-cpp-python`, `--gguf` with the default model's weights); who is not installed is said to be so.
+Sections: `document` (the default model, a long document end to end), `large` (OPT-1.3b's shape), `decode` (OPT-125m's
+shape, a prompt read at once and streamed), `bookkeeping`, `batch`. Peers are transformers, CTranslate2 (`pip install
+ctranslate2`; a random checkpoint is converted) and llama.cpp (`pip install llama-cpp-python`, `--gguf` with the default
+model's weights); who cannot run is said to be so.
+
+Of the first three sections every engine has a process of its own, which waits while another one runs: its memory is its
+own, and no library has to live with another's threads. Peers run in the environment as they find it, without the
+settings that auvsum makes for itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -23,19 +26,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import common
 from bench_decode import TEXT, Run, auvsum_case, llama_cpp_case, transformers_case
 
-SECTIONS = ("decode", "document", "large", "batch", "bookkeeping")
+SECTIONS = ("document", "large", "decode", "bookkeeping", "batch")
 BUDGET = "4%"
 
+#: What the peers find: as this process was given it, without what auvsum sets for itself.
+_ENVIRONMENT = dict(os.environ)
+
 Case = Callable[[], Run]
+Rows = list[dict[str, Any]]
 
 
-# -- models and peers --------------------------------------------------------------------------------------------------
+# -- models and prompts ------------------------------------------------------------------------------------------------
 
 
 def save_random(shape: str, folder: Path) -> Path:
@@ -64,15 +72,89 @@ def load_folder(folder: Path, weights: str = "bf16") -> Any:
     return model
 
 
-def ctranslate2_case(folder: Path, ids: list[int], new: int, kind: str, threads: int) -> Case:
-    """CTranslate2 on the converted weights; converted once."""
-    import ctranslate2
-    from ctranslate2.converters import TransformersConverter
+def draw(config: Any, tokens: int) -> list[int]:
+    """A prompt of random tokens, which nothing treats specially."""
+    rng = random.Random(0)
+    return [rng.randrange(4, config.vocab_size) for _ in range(tokens)]
 
-    converted = folder.parent / f"{folder.name}-ct2-{kind}"
-    if not converted.exists():
-        TransformersConverter(str(folder)).convert(str(converted), quantization=kind)
-    generator = ctranslate2.Generator(str(converted), compute_type=kind, intra_threads=threads)
+
+# -- engines, in processes of their own --------------------------------------------------------------------------------
+
+#: The engines of a section, by name: the library first, then what it is asked for. auvsum: weights, policy, how the
+#: prompt is read. transformers: weights, attention. CTranslate2: type, and how many tokens of the prompt it gets.
+_DECODE = (
+    *(f"auvsum {weights} {how}" for weights in ("bf16", "int8") for how in ("full", "auv", "h2o", "auv streamed")),
+    "transformers bf16 sdpa",
+    "transformers bf16 eager",
+    "CTranslate2 float32",
+    "CTranslate2 int8",
+    "CTranslate2 int8 short",
+)
+#: `auv-look` in 4 bits is what `--policy auto` takes on a CPU at this budget, `auv streamed` is `--strategy stream`.
+_DOCUMENT = (
+    "auvsum bf16 auv-look",
+    "auvsum int8 auv-look",
+    "auvsum bf16 auv streamed",
+    "auvsum int8 auv streamed",
+    "transformers bf16 sdpa",
+    "llama.cpp",
+)
+_LARGE = (
+    "auvsum bf16 auv streamed",
+    "auvsum int8 auv streamed",
+    "transformers bf16 sdpa",
+    "transformers bf16 eager",
+    "CTranslate2 int8",
+)
+#: What `CTranslate2 int8 short` gets to read: about the slots that the budget leaves of the long prompt.
+_SHORT = 80
+
+
+def make_case(name: str, options: argparse.Namespace) -> Case:
+    """An engine, loaded. What to read and how much to write is in a file of the folder."""
+    library, *how = name.split()
+    job = json.loads(options.job.read_text())
+    ids, new, saved = job["ids"], job["new"], job["model"] and Path(job["model"])
+    threads = options.threads or len(os.sched_getaffinity(0))
+    if library == "llama.cpp":
+        if options.gguf is None:
+            raise SystemExit("no --gguf")
+        return llama_cpp_case(options.gguf, ids, new, threads)
+    if library == "CTranslate2":
+        return ctranslate2_case(saved, ids[:_SHORT] if "short" in how else ids, new, how[0], threads)
+    if library == "auvsum":
+        from auvsum import _env
+
+        _env.prepare()
+    import torch
+
+    torch.set_num_threads(threads)
+    model, shape = load_model(saved, how[0])
+    if library == "transformers":
+        return transformers_case(model, ids, new, how[1])
+    policy, chunk = how[1], options.chunk if "streamed" in how else None
+    bits = 4 if policy == "auv-look" else 16
+    return auvsum_case(model, shape, ids, new, policy, "100%" if policy == "full" else BUDGET, chunk, bits)
+
+
+def load_model(saved: Path | None, weights: str) -> tuple[Any, Any]:
+    """A saved model or the default one, and the shape of its cache."""
+    from auvsum.engine.memory import cache_shape
+    from auvsum.engine.models import load
+
+    if saved is not None:
+        model = load_folder(saved, weights)
+        return model, cache_shape(model)
+    loaded = load(device="cpu", dtype="bf16", weights=weights)
+    loaded.model.generation_config.eos_token_id = None
+    return loaded.model, loaded.shape
+
+
+def ctranslate2_case(folder: Path, ids: list[int], new: int, kind: str, threads: int) -> Case:
+    """CTranslate2 on the converted weights."""
+    import ctranslate2
+
+    generator = ctranslate2.Generator(f"{folder}-ct2-{kind}", compute_type=kind, intra_threads=threads)
     words = [f"t{token}" for token in ids]
 
     def case() -> Run:
@@ -84,145 +166,169 @@ def ctranslate2_case(folder: Path, ids: list[int], new: int, kind: str, threads:
     return case
 
 
-def draw(config: Any, tokens: int) -> list[int]:
-    """A prompt of random tokens, which nothing treats specially."""
-    rng = random.Random(0)
-    return [rng.randrange(4, config.vocab_size) for _ in range(tokens)]
+def convert(folder: Path, kind: str) -> None:
+    """Weights for CTranslate2; in a process of its own, since it takes more memory than running."""
+    from ctranslate2.converters import TransformersConverter
+
+    TransformersConverter(str(folder)).convert(f"{folder}-ct2-{kind}", quantization=kind)
 
 
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def serve(name: str, options: argparse.Namespace) -> None:
+    """The child's side: loads, says so, and then runs once for every line that comes."""
+    if name.startswith("convert"):
+        convert(Path(json.loads(options.job.read_text())["model"]), name.split()[1])
+        return
+    if name.startswith("auvsum section"):
+        from auvsum import _env
+
+        _env.prepare()
+        section = batch if name.endswith("batch") else bookkeeping
+        for rows in section(options, options.job.parent):
+            print("rows", json.dumps(rows), flush=True)
+        return
+    case = make_case(name, options)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        run = case()
+        found = {
+            "prefill_s": run.prefill_seconds,
+            "decode_tokens_per_s": run.decode_rate,
+            "end_to_end_s": run.ticks[-1] - run.started,
+            "kv_bytes": run.kv_bytes,
+            "peak_rss_bytes": common.peak_rss(),
+        }
+        print("run", json.dumps(found), flush=True)
+
+
+class Child:
+    """The parent's side of `serve`."""
+
+    def __init__(self, name: str, job: Path, options: argparse.Namespace) -> None:
+        own = name.startswith("auvsum") or options.peers is None
+        command = [sys.executable if own else options.peers, __file__, "--serve", name, "--job", str(job)]
+        for option in ("threads", "gguf", "chunk", "repetitions", "new_tokens"):
+            if getattr(options, option) is not None:
+                command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
+        self._log = job.with_name(f"{name}.log")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_ENVIRONMENT
+            )
+
+    def wait_for(self, word: str) -> str | None:
+        """The rest of the child's next line that begins with the word; None when it ended before."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            first, _, rest = line.partition(" ")
+            if first.strip() == word:
+                return rest
+        return None
+
+    def run(self) -> dict[str, Any] | None:
+        """Once; None when the child has died."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = self.wait_for("run")
+        return None if answer is None else json.loads(answer)
+
+    def end(self) -> str:
+        """Ends it; the last thing it complained of."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+        lines = self._log.read_text().strip().splitlines()
+        return lines[-1] if lines else f"ended with {self._process.returncode}"
+
+
+def compare(
+    names: tuple[str, ...], job: Path, repetitions: int, options: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
+    """Runs all engines in turns; yields the rows so far after every round. The first one warms up."""
+    children, notes = {}, {}
+    for kind in dict.fromkeys(name.split()[1] for name in names if name.startswith("CTranslate2")):
+        Child(f"convert {kind}", job, options).end()
+    for name in names:
+        child = Child(name, job, options)
+        if child.wait_for("ready") is None:
+            notes[name] = child.end()
+        else:
+            children[name] = child
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
+    for number in range(repetitions + 1):
+        turn = number % max(1, len(children))
+        order = list(children)
+        for name in order[turn:] + order[:turn]:
+            found = children[name].run()
+            if found is None:
+                notes[name] = children.pop(name).end()
+            elif number:
+                runs[name].append(found)
+        if number:
+            yield [
+                {"engine": name, **summarize(runs[name])} if runs.get(name) else {"engine": name, "note": notes[name]}
+                for name in names
+            ]
+    for child in children.values():
+        child.end()
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of one engine's runs; the peak of its memory is the last one's."""
+    found = {
+        key: round(common.median([run[key] for run in runs]), 4)
+        for key in ("prefill_s", "decode_tokens_per_s", "end_to_end_s")
+    }
+    return {**found, "kv_bytes": runs[-1]["kv_bytes"], "peak_rss_bytes": runs[-1]["peak_rss_bytes"], "runs": len(runs)}
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
 
 
-def summarize(runs: list[Run]) -> dict[str, Any]:
-    """Medians of one case."""
-    return {
-        "prefill_s": round(common.median([run.prefill_seconds for run in runs]), 4),
-        "decode_tokens_per_s": round(common.median([run.decode_rate for run in runs]), 2),
-        "end_to_end_s": round(common.median([run.ticks[-1] - run.started for run in runs]), 3),
-        "kv_bytes": runs[0].kv_bytes,
-    }
+def write_job(folder: Path, name: str, model: Path | None, ids: list[int], new: int) -> Path:
+    job = folder / f"{name}.json"
+    job.write_text(json.dumps({"model": model and str(model), "ids": ids, "new": new}))
+    return job
 
 
-def rows(cases: dict[str, Case], missing: dict[str, str], repetitions: int) -> list[dict[str, Any]]:
-    """All cases interleaved; those that cannot run with the reason."""
-    results, failed = common.interleave(cases, repetitions)
-    found = [{"engine": name, **summarize(results[name])} for name in cases if results[name]]
-    return found + [{"engine": name, "note": note} for name, note in {**missing, **failed}.items()]
+def alone(section: str, options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
+    """A section of auvsum alone, in one process."""
+    child = Child(f"auvsum section {section}", folder / section, options)
+    rows: Rows = []
+    while (answer := child.wait_for("rows")) is not None:
+        yield (rows := json.loads(answer))
+    complaint = child.end()
+    if not rows:
+        yield [{"engine": section, "note": complaint}]
 
 
-def decode(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def decode(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
     """OPT-125m's shape: prompts read at once and streamed, tokens written over the full cache and over 4%."""
-    import torch
-
-    from auvsum.engine.memory import cache_shape
-
-    saved = save_random("opt-125m", folder / "opt-125m")
-    plain, eight = load_folder(saved), load_folder(saved, "int8")
-    ids, new, shape = draw(plain.config, options.prompt), options.new_tokens, cache_shape(plain)
-    cases: dict[str, Case] = {}
-    for weights, model in (("bf16", plain), ("int8", eight)):
-        cases[f"auvsum {weights} full"] = auvsum_case(model, shape, ids, new, "full", "100%", None)
-        for policy in ("auv", "h2o"):
-            cases[f"auvsum {weights} {policy} {BUDGET}"] = auvsum_case(model, shape, ids, new, policy, BUDGET, None)
-        cases[f"auvsum {weights} auv {BUDGET}, streamed"] = auvsum_case(
-            model, shape, ids, new, "auv", BUDGET, options.chunk
-        )
-    reference = load_folder(saved)
-    for attention in ("sdpa", "eager"):
-        cases[f"transformers bf16 {attention}"] = transformers_case(reference, ids, new, attention)
-    missing = {}
-    if installed("ctranslate2"):
-        threads = torch.get_num_threads()
-        for kind in ("float32", "int8"):
-            cases[f"CTranslate2 {kind}"] = ctranslate2_case(saved, ids, new, kind, threads)
-        cases["CTranslate2 int8, 80 tokens held"] = ctranslate2_case(saved, ids[:80], new, "int8", threads)
-    else:
-        missing["CTranslate2"] = "not installed"
-    return rows(cases, missing, options.repetitions)
+    ids = draw(common.shape_config("opt-125m"), options.prompt)
+    job = write_job(folder, "decode", save_random("opt-125m", folder / "opt-125m"), ids, options.new_tokens)
+    yield from compare(_DECODE, job, options.repetitions, options)
 
 
-def document(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def document(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
     """The default model: a long document, 120 tokens written."""
-    import torch
-
     from auvsum.engine.models import load
 
-    loaded = load(device="cpu")
-    eight, reference = load(device="cpu", weights="int8").model, load(device="cpu").model
-    for model in (loaded.model, eight, reference):
-        model.generation_config.eos_token_id = None
-    ids = loaded.tokenizer(TEXT.read_text(encoding="utf-8"), verbose=False).input_ids
+    ids = load(device="cpu").tokenizer(TEXT.read_text(encoding="utf-8"), verbose=False).input_ids
     ids = (ids * (options.document // len(ids) + 1))[: options.document]
-    new, shape = options.summary, loaded.shape
-    cases = {
-        f"auvsum bf16 auv {BUDGET}": auvsum_case(loaded.model, shape, ids, new, "auv", BUDGET, None),
-        f"auvsum bf16 auv {BUDGET}, streamed": auvsum_case(loaded.model, shape, ids, new, "auv", BUDGET, options.chunk),
-        f"auvsum int8 auv {BUDGET}, streamed": auvsum_case(eight, shape, ids, new, "auv", BUDGET, options.chunk),
-        "transformers bf16 sdpa": transformers_case(reference, ids, new, "sdpa"),
-    }
-    missing = {}
-    if not installed("llama_cpp"):
-        missing["llama.cpp"] = "not installed"
-    elif options.gguf is None:
-        missing["llama.cpp"] = "no --gguf"
-    else:
-        cases["llama.cpp"] = llama_cpp_case(options.gguf, ids, new, torch.get_num_threads())
-    return rows(cases, missing, min(options.repetitions, 3))
+    job = write_job(folder, "document", None, ids, options.summary)
+    yield from compare(_DOCUMENT, job, min(options.repetitions, 2), options)
 
 
-#: Engines of `large`, one process each.
-_LARGE = ("auvsum bf16", "auvsum int8", "transformers bf16", "CTranslate2 int8")
+def large(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
+    """OPT-1.3b's shape."""
+    ids = draw(common.shape_config("opt-1.3b"), options.prompt)
+    job = write_job(folder, "large", save_random("opt-1.3b", folder / "opt-1.3b"), ids, options.new_tokens // 2)
+    yield from compare(_LARGE, job, min(options.repetitions, 2), options)
 
 
-def large(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """OPT-1.3b's shape; each engine in its own process, so that its peak memory is its own."""
-    saved = save_random("opt-1.3b", folder / "opt-1.3b")
-    names = [name for name in _LARGE if not name.startswith("CTranslate2") or installed("ctranslate2")]
-    if "CTranslate2 int8" in names:  # converting takes more memory than running
-        subprocess.run([sys.executable, __file__, "--large", "convert", str(saved)], check=True)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for number in range(min(options.repetitions, 2)):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            command = [sys.executable, __file__, "--large", name, str(saved), "--prompt", str(options.prompt)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    result: list[dict[str, Any]] = [
-        {"engine": name, **{key: common.median([run[key] for run in runs]) for key in runs[0]}}
-        for name, runs in found.items()
-    ]
-    return result + [{"engine": name, "note": "not installed"} for name in _LARGE if name not in names]
-
-
-def one_large(name: str, saved: Path, options: argparse.Namespace) -> None:
-    """One engine of `large`: its JSON on stdout."""
-    from transformers import AutoConfig
-
-    from auvsum.engine.memory import cache_shape
-
-    threads = len(os.sched_getaffinity(0))
-    ids, new = draw(AutoConfig.from_pretrained(saved), options.prompt), 24
-    if name == "convert":
-        ctranslate2_case(saved, ids, new, "int8", threads)
-        return
-    if name.startswith("CTranslate2"):
-        case = ctranslate2_case(saved, ids, new, "int8", threads)
-    else:
-        model = load_folder(saved, name.split()[1])
-        if name.startswith("auvsum"):
-            case = auvsum_case(model, cache_shape(model), ids, new, "auv", BUDGET, options.chunk)
-        else:
-            case = transformers_case(model, ids, new, "sdpa")
-    case()
-    found = summarize([case()])
-    del found["kv_bytes"]
-    print(json.dumps({**found, "peak_rss_bytes": common.peak_rss()}))
-
-
-def batch(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def batch(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
     """Tokens a second of 16 documents written together, and of one; OPT-125m's shape, short prompts."""
     from auvsum.cache.policy import make_policy
     from auvsum.engine.generate import Engine, Request
@@ -231,7 +337,6 @@ def batch(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     saved = save_random("opt-125m", folder / "opt-125m")
     policy = make_policy("auv")
     together, new = 16, options.new_tokens
-    found: list[dict[str, Any]] = []
     cases: dict[str, Callable[[], float]] = {}
     for weights in ("bf16", "int8"):
         model = load_folder(saved, weights)
@@ -252,12 +357,10 @@ def batch(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
             cases[f"{weights}, {number} together"] = case
     results, _ = common.interleave(cases, options.repetitions)
-    for name, rates in results.items():
-        found.append({"engine": name, "decode_tokens_per_s": round(common.median(rates), 2)})
-    return found
+    yield [{"engine": name, "decode_tokens_per_s": round(common.median(rates), 2)} for name, rates in results.items()]
 
 
-def bookkeeping(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def bookkeeping(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
     """AUV, and the same slots without any books: what scores, counts and evictions cost a step."""
     from auvsum.cache.policies.auv import AUV
     from auvsum.engine.generate import Engine, Request
@@ -312,7 +415,7 @@ def bookkeeping(options: argparse.Namespace, folder: Path) -> list[dict[str, Any
                 "step_against_no_books": round(with_books / without, 4),
             }
         )
-    return found
+        yield found
 
 
 def _turns(runs: list[Any], token: type) -> list[list[float]]:
@@ -343,7 +446,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--gguf", type=Path, help="the default model's weights for llama.cpp")
     parser.add_argument("--out", type=Path, help="also write the JSON there; sections it holds already are kept")
-    parser.add_argument("--large", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--peers", metavar="PYTHON", help="the interpreter of the peers' environment; default this one")
+    parser.add_argument("--serve", metavar="ENGINE", help=argparse.SUPPRESS)
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - set(SECTIONS):
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
@@ -351,41 +456,49 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    options = parse()
+    if options.serve:
+        serve(options.serve, options)
+        return
     from auvsum import _env
 
     _env.prepare()
-    import torch
-
-    options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.large:
-        one_large(options.large[0], Path(options.large[1]), options)
-        return
     kept = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"sections": {}}
     sections: dict[str, Any] = kept["sections"]
+    record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.only.split(","):
-            load_before = round(os.getloadavg()[0], 2)
-            found = {"decode": decode, "document": document, "large": large, "batch": batch,
-                     "bookkeeping": bookkeeping}[name](options, Path(folder))  # fmt: skip
-            loads = (load_before, round(os.getloadavg()[0], 2))
-            sections[name] = {"repetitions": options.repetitions, "load_average": loads, "rows": found}
-            print(f"\n{name}, median of {options.repetitions}, load {loads[0]} to {loads[1]}\n")
+        for name in sorted(options.only.split(","), key=SECTIONS.index):
+            load_before, started = round(os.getloadavg()[0], 2), time.perf_counter()
+            found: Rows = []
+            for found in _SECTIONS[name](options, Path(folder)):
+                loads = (load_before, round(os.getloadavg()[0], 2))
+                sections[name] = {"load_average": loads, "seconds": round(time.perf_counter() - started), "rows": found}
+                record = {
+                    "benchmark": "cpu",
+                    "prompt_tokens": options.prompt,
+                    "document_tokens": options.document,
+                    "summary_tokens": options.summary,
+                    "chunk": options.chunk,
+                    "machine": common.machine(),
+                    "versions": common.versions(),
+                    "sections": sections,
+                }
+                if options.out:
+                    options.out.write_text(json.dumps(record, indent=1) + "\n")
+            taken = sections[name]
+            print(f"\n{name}, medians, {taken['seconds']} s, load {load_before} to {taken['load_average'][1]}\n")
             common.print_table(["engine", *_columns(found)], list(_cells(found)))
-            record = {
-                "benchmark": "cpu",
-                "prompt_tokens": options.prompt,
-                "document_tokens": options.document,
-                "chunk": options.chunk,
-                "machine": common.machine(),
-                "versions": common.versions(),
-                "sections": sections,
-            }
-            if options.out:
-                options.out.write_text(json.dumps(record, indent=1) + "\n")
     print()
     common.print_json(record)
+
+
+_SECTIONS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Rows]]] = {
+    "document": document,
+    "large": large,
+    "decode": decode,
+    "bookkeeping": partial(alone, "bookkeeping"),
+    "batch": partial(alone, "batch"),
+}
 
 
 def _columns(found: list[dict[str, Any]]) -> list[str]:

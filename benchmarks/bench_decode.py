@@ -50,7 +50,7 @@ class Run:
 
 
 def auvsum_case(
-    model: Any, shape: Any, ids: list[int], new: int, name: str, budget: str, chunk: int | None
+    model: Any, shape: Any, ids: list[int], new: int, name: str, budget: str, chunk: int | None, bits: int = 16
 ) -> Callable[[], Run]:
     """auvsum's engine under a share of the full cache's bytes."""
     from auvsum.budget import parse_budget, resolve
@@ -62,7 +62,9 @@ def auvsum_case(
     slots = resolve(
         parse_budget(budget),
         shape=shape,
-        cost=policy.slot_cost(kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes),
+        cost=policy.slot_cost(
+            kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=shape.element_bytes, bits=bits
+        ),
         prompt_tokens=len(ids),
         max_new_tokens=new,
         least_slots=policy.least_slots,
@@ -74,7 +76,7 @@ def auvsum_case(
         slots = policy.slots_to_hold(len(ids) + new)
 
     def case() -> Run:
-        engine = Engine(model, policy, chunk=chunk)
+        engine = Engine(model, policy, chunk=chunk, bits=bits)
         run = Run()
         for event in engine.run([Request(ids, slots=slots, max_new_tokens=new)]):
             if isinstance(event, Token):

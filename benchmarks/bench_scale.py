@@ -6,9 +6,13 @@
     python benchmarks/bench_scale.py --tiny                          # every part on a CPU, with tiny shapes: a check
 
 - documents: 200 documents on OPT-13B's shape through one worker, then through two: the ratio. The same pool, the same
-  queue, the same documents of 1,900 tokens; models loaded and warmed up before the clock starts.
+  queue, the same documents of 1,900 tokens; models loaded, kernels compiled and the step captured before the clock
+  starts.
 - equal: what two workers write is what one engine writes, in fp32, greedy, by a small random model.
-- split: OPT-30B's shape over two GPUs: decode tok/s, and its share of the limit set by the bytes of weights and slots.
+- split: a small model over two GPUs writes what it writes on one; then OPT-30B's shape over two: decode tok/s, and its
+  share of the limit set by the bytes of weights and slots.
+- dealing: the pool alone, with workers that sleep as long as one H100 takes for OPT-13B, one of them 3% longer: how
+  even the shares are. No GPU needed, hardly any processor.
 - driver: what one driver can do at most, with workers that do nothing: deal out, write, and start over a full folder.
 - ray: one Ray worker against the local engine, on the default model, in turns.
 
@@ -25,9 +29,11 @@ import os
 import tempfile
 import time
 import tracemalloc
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +48,7 @@ from auvsum.engine import split
 from auvsum.engine.generate import Engine, Request
 from auvsum.engine.memory import cache_shape, devices_of
 from auvsum.engine.models import LoadedModel
-from auvsum.events import DocumentDone, Finished, Prefilled
+from auvsum.events import DocumentDone, Finished, Notice, Prefilled
 from auvsum.io.inputs import Input
 from auvsum.io.manifest import Manifest
 from auvsum.io.sinks import FolderSink
@@ -142,8 +148,7 @@ def part_documents(sizes: Sizes) -> list[dict[str, Any]]:
         with Pool(crew, settings) as pool:
             while not pool.complete:
                 pool.start()
-            # Every worker compiles, and captures a batch of the size to come.
-            list(pool.run(documents[: (sizes.batch + 2) * number], ordered=False))
+            list(pool.run(warm_up(sizes, documents, number), ordered=False))
             start = time.perf_counter()
             records = [result.record() for result in pool.run(documents)]
             seconds = time.perf_counter() - start
@@ -153,12 +158,24 @@ def part_documents(sizes: Sizes) -> list[dict[str, Any]]:
         rows.append(
             row(
                 f"{sizes.shape}, {len(documents)} documents, {number} workers", len(documents) / seconds, "documents/s",
-                seconds=seconds, batch=sizes.batch, tokens=tokens, devices=sizes.devices[:number],
-                used=sorted({record["settings"]["device"] for record in records}),
+                seconds=seconds, batch=sizes.batch, tokens=tokens, by_device=by_device(records),
             )
         )  # fmt: skip
     rows.append(row("two workers against one", rows[1]["value"] / rows[0]["value"], "times"))
     return rows
+
+
+def warm_up(sizes: Sizes, documents: list[Document], workers: int) -> list[Document]:
+    """A batch for every worker, one document of it as long as those to come: kernels for both are compiled, and the
+    step is captured for a batch of that size.
+    """
+    short = [replace(document, text=document.text[:300]) for document in documents[: sizes.batch - 1] * workers]
+    return documents[:workers] + short
+
+
+def by_device(records: list[dict[str, Any]]) -> dict[str, int]:
+    """How many documents each device did."""
+    return dict(sorted(Counter(record["settings"]["device"] for record in records).items()))
 
 
 def part_equal(sizes: Sizes) -> list[dict[str, Any]]:
@@ -172,35 +189,34 @@ def part_equal(sizes: Sizes) -> list[dict[str, Any]]:
         spread = [result.record() for result in pool.run(documents)]
     assert all(record["error"] is None for record in alone + spread)
     equal = sum(one["summary"] == other["summary"] for one, other in zip(alone, spread, strict=True))
-    by_device = {name: sum(r["settings"]["device"] == name for r in spread) for name in set(sizes.devices)}
-    return [row("equal summaries, two workers and one engine", equal, f"of {len(documents)}", by_device=by_device)]
+    what = "equal summaries, two workers and one engine"
+    return [row(what, equal, f"of {len(documents)}", by_device=by_device(spread))]
 
 
 def part_split(sizes: Sizes) -> list[dict[str, Any]]:
-    """Decode of a model over two devices: tok/s, and the share of what reading weights and slots once would allow."""
+    """Tokens of a small model over two devices, equal to those on one. Of a large one the decode: tok/s, and the share
+    of what reading weights and slots once would allow.
+    """
+    rows = [split_equal(sizes)]
     model = spread_model(sizes)
     devices, shape = devices_of(model), cache_shape(model)
     bandwidth = copy_bandwidth(devices[0], 2**22 if sizes.tiny else 2**29)
-    prompt = sizes.words + 20
-    ids = torch.randint(4, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(3)).tolist()
-    rows = []
+    ids = tokens_of(sizes.words + 20, 3, model)
     for batch in (1, sizes.batch):
         engine = Engine(model, make_policy("auv"), batch_size=batch)
-        requests = [Request(ids, sizes.slots, sizes.steps)] * batch
-        rates, reads = [], []
-        for _ in range(2):  # the first compiles
-            events = list(engine.run(requests))
-            # The last document to be read waits for no other: its decoding is everybody's.
-            seconds = min(event.decode_seconds for event in events if isinstance(event, Finished))
-            rates.append((sizes.steps - 1) / seconds)
-            reads.append(common.median([event.seconds for event in events if isinstance(event, Prefilled)]))
+        # The first compiles.
+        list(engine.run([Request(ids, sizes.slots, 2), *[Request(ids[:100], sizes.slots, 2)] * (batch - 1)]))
+        events = list(engine.run([Request(ids, sizes.slots, sizes.steps)] * batch))
+        # The last document to be read waits for no other: its decoding is everybody's.
+        rate = (sizes.steps - 1) / min(event.decode_seconds for event in events if isinstance(event, Finished))
         token = 2 * shape.kv_heads * shape.head_dim * shape.element_bytes
         bytes_ = weight_bytes(model) + batch * model.config.num_hidden_layers * sizes.slots * token
         limit = bandwidth / bytes_
         rows.append(
             row(
-                f"{sizes.large} over {len(devices)} devices, decode, batch {batch}", batch * rates[-1], "tok/s",
-                limit=batch * limit, share=round(rates[-1] / limit, 4), bandwidth=bandwidth, prefill_s=reads[-1],
+                f"{sizes.large} over {len(devices)} devices, decode, batch {batch}", batch * rate, "tok/s",
+                limit=batch * limit, share=round(rate / limit, 4), bandwidth=bandwidth,
+                prefill_s=common.median([event.seconds for event in events if isinstance(event, Prefilled)]),
                 devices=[str(device) for device in devices], peak_bytes=[
                     torch.cuda.max_memory_allocated(device) for device in devices if device.type == "cuda"
                 ],
@@ -209,32 +225,67 @@ def part_split(sizes: Sizes) -> list[dict[str, Any]]:
     return rows
 
 
+def split_equal(sizes: Sizes) -> dict[str, Any]:
+    """Documents of a small model, fp32, that say the same over two devices as on one."""
+    lengths = [sizes.words - 7 * number for number in range(8)]
+    written, notices = [], set()
+    for spread in (False, True):
+        model = summarizer(sizes.small, settings_of(sizes, dtype="fp32")).loaded.model
+        model = dispatched(model, sizes) if spread else model
+        asked = [Request(tokens_of(length, length, model), sizes.slots, sizes.new) for length in lengths]
+        events = list(Engine(model, make_policy("auv"), batch_size=3).run(asked))
+        notices |= {event.text for event in events if isinstance(event, Notice)}
+        written.append({event.request: event.token_ids for event in events if isinstance(event, Finished)})
+    equal = sum(written[0][number] == written[1][number] for number in written[0])
+    what = f"equal summaries, {sizes.small} over two devices and on one"
+    return row(what, equal, f"of {len(lengths)}", notices=sorted(notices))
+
+
+def tokens_of(length: int, seed: int, model: Any) -> list[int]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(4, model.config.vocab_size, (length,), generator=generator).tolist()
+    return ids
+
+
 def spread_model(sizes: Sizes) -> Any:
     """Random weights made on each device, then the hooks that `from_pretrained(device_map=...)` puts in."""
-    from accelerate import dispatch_model
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(sizes.large), dtype=settings_dtype(sizes))
     model.tie_weights()
-    layers = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
-    leaves = [name for name, module in model.named_modules() if name and not list(module.children())]
-    outside = [name for name in leaves if not name.startswith(tuple(f"{layer}." for layer in layers))]
-    # The head is tied to the embedding, so that it is on the first device with it.
-    places: dict[str, Any] = {name: place(sizes, 0) for name in outside}
-    places |= {name: place(sizes, 2 * number // len(layers)) for number, name in enumerate(layers)}
-    for name, where in places.items():
+    for name, where in places_of(model, sizes).items():
         model.get_submodule(name).to_empty(device=where)
     model.tie_weights()
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.normal_(0, 0.02)
+    return dispatched(model, sizes)
+
+
+def dispatched(model: Any, sizes: Sizes) -> Any:
+    """A model over both devices, as `from_pretrained(device_map=...)` leaves it."""
+    from accelerate import dispatch_model
+
     dispatch_model(
-        model, places, force_hooks=True, skip_keys=model._skip_keys_device_placement, main_device=place(sizes, 0)
-    )
+        model, places_of(model, sizes), force_hooks=True, skip_keys=model._skip_keys_device_placement,
+        main_device=place(sizes, 0),
+    )  # fmt: skip
     if not sizes.tiny:
         split.follow(model)
     return model.eval().requires_grad_(False)
+
+
+def places_of(model: Any, sizes: Sizes) -> dict[str, Any]:
+    """The first half of the layers on one device, the other on the other; the head is tied to the embedding, so that
+    it is on the first device with it.
+    """
+    layers = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    leaves = [name for name, module in model.named_modules() if name and not list(module.children())]
+    outside = [name for name in leaves if not name.startswith(tuple(f"{layer}." for layer in layers))]
+    places: dict[str, Any] = {name: place(sizes, 0) for name in outside}
+    return places | {name: place(sizes, 2 * number // len(layers)) for number, name in enumerate(layers)}
 
 
 def place(sizes: Sizes, number: int) -> Any:
@@ -273,6 +324,79 @@ def _record(id: str, source: str) -> dict[str, Any]:
 
 def idle(settings: Settings) -> Any:
     return Idle()
+
+
+class Asleep:
+    """The schedule of the engine, with sleeps of the length that a GPU takes in place of its work.
+
+    Args:
+        slower: by this factor.
+    """
+
+    #: Seconds to read a document of 1,900 tokens and for a step of 64 rows: OPT-13B on one H100 (docs/LOG.md).
+    READ, STEP = 0.0904, 0.0138
+
+    def __init__(self, sizes: Sizes, slower: float) -> None:
+        self.batch_size, self._new = sizes.batch, sizes.new
+        self._read, self._step = (slower * seconds * (0.01 if sizes.tiny else 1) for seconds in (self.READ, self.STEP))
+        self.loaded = SimpleNamespace(name="asleep", load_seconds=0.0)
+
+    def run(self, documents: Iterable[Document], *, ordered: bool, on_event: Callable[[Any], None]) -> Iterator[Any]:
+        incoming = enumerate(documents)
+        waiting = deque(islice(incoming, self.batch_size))
+        rows: list[tuple[int, Document] | None] = [None] * len(waiting)
+        left = [0] * len(rows)
+        while True:
+            for number in range(len(rows)):
+                if rows[number] is None and waiting:
+                    rows[number], left[number] = waiting.popleft(), self._new - 1
+                    if not waiting:
+                        waiting.extend(islice(incoming, 1))
+                    time.sleep(self._read)
+            if not any(rows):
+                return
+            time.sleep(self._step)
+            for number, held in enumerate(rows):
+                left[number] -= 1
+                if held is not None and left[number] == 0:
+                    rows[number] = None
+                    index, document = held
+                    on_event(DocumentDone(index, document.id))
+                    yield SimpleNamespace(
+                        id=document.id, source=document.source, text="", warnings=[],
+                        record=partial(dict, id=document.id, worker=os.getpid()),
+                    )  # fmt: skip
+
+
+def asleep(sizes: Sizes, settings: Settings) -> Any:
+    return Asleep(sizes, 1.03 if settings.threads else 1.0)
+
+
+class Unalike(Processes):
+    """Workers of which the second is a little slower."""
+
+    def _settings_of(self, number: int) -> Settings:
+        return replace(self._settings, threads=number or None)
+
+
+def part_dealing(sizes: Sizes) -> list[dict[str, Any]]:
+    """Documents a second of one sleeping worker and of two, and how many each of them did."""
+    documents = documents_of(sizes, 512, 3 * sizes.documents if sizes.tiny else sizes.documents)
+    settings, rows = Settings(), []
+    for number in (1, 2):
+        with Pool(Unalike(settings, ["cpu"] * number, partial(asleep, sizes)), settings) as pool:
+            while not pool.complete:
+                pool.start()
+            start = time.perf_counter()
+            records = [result.record() for result in pool.run(documents)]
+            seconds = time.perf_counter() - start
+        assert [record["id"] for record in records] == [document.id for document in documents]
+        shares = sorted(Counter(record["worker"] for record in records).values())
+        rows.append(
+            row(f"asleep: {len(documents)} documents, {number} workers", len(documents) / seconds, "documents/s",
+                seconds=seconds, shares=shares)
+        )  # fmt: skip
+    return [*rows, row("asleep: two workers against one", rows[1]["value"] / rows[0]["value"], "times")]
 
 
 def part_driver(sizes: Sizes) -> list[dict[str, Any]]:
@@ -344,6 +468,7 @@ PARTS: dict[str, Callable[[Sizes], list[dict[str, Any]]]] = {
     "documents": part_documents,
     "equal": part_equal,
     "split": part_split,
+    "dealing": part_dealing,
     "driver": part_driver,
     "ray": part_ray,
 }
@@ -389,9 +514,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON there too, after every part")
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    parts = (
-        options.only.split(",") if options.only else [n for n in PARTS if options.tiny or n not in ("driver", "ray")]
-    )
+    parts = options.only.split(",") if options.only else list(PARTS if options.tiny else PARTS_ON_GPUS)
     started, record = time.perf_counter(), {"benchmark": "scale", "tiny": options.tiny, "rows": []}
     sizes = Sizes(options.tiny)
     sizes.documents = options.documents or sizes.documents

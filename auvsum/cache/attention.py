@@ -110,7 +110,7 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
         folded = (layer.rotary.place_mean(folded[0], past, position), *folded[1:])
     keys, values = placed[None], held.value[None]
     out, seen = attend_chunk(query, keys, values, scale, past, folded)
-    layer.count_prefill(keys, values, key, value, held.key)
+    layer.count_prefill(keys, values, key, value, held.key, *seen.scratch)
     choose_and_fill(layer, row, held, seen)
     return out[0].transpose(0, 1)
 

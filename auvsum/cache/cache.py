@@ -214,7 +214,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """A whole prompt `[1, G, n, D]` that was attended to elsewhere."""
         self.row, self.reads_prompt = row, True
         self.update(key, value)
-        if int(self.store.seen[row]):
+        if self.store.counts[row].seen:
             raise PolicyError("a prompt is taken whole", "begin the row anew before")
         attention.choose_and_fill(self, row, attention.hold(self, row, key, value), seen)
         self.row, self.reads_prompt = None, False
@@ -224,11 +224,22 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """KV heads."""
         return int(self.store.positions.shape[1])
 
-    def kept(self, row: int, tokens: int) -> Tensor:
-        """How many heads hold each of a row's first `tokens` tokens: fp32 `[tokens]`, on the CPU."""
-        store = self.store
-        positions = store.positions[row, :, : store.slots][store.valid[row, :, : store.slots]]
-        return torch.bincount(positions, minlength=tokens)[:tokens].float().cpu()
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows, whose prompts have been read, again as the `count` rows behind them."""
+        self.store.copy_rows(count)
+        for row in range(count):
+            self.unread.discard(count + row)
+            if row in self.row_slots:
+                self.row_slots[count + row] = self.row_slots[row]
+            self.longest[count + row] = self.longest[row]
+
+    def add_kept(self, total: Tensor) -> None:
+        """Adds how many heads hold each token of the first rows to `total`, fp32 `[rows, tokens]`; a token's column is
+        its position, and whatever lies behind is counted in the last one."""
+        store, (rows, tokens) = self.store, total.shape
+        held = store.valid[:rows, :, : store.slots]
+        where = store.positions[:rows, :, : store.slots].long().masked_fill(~held, tokens - 1).clamp_(max=tokens - 1)
+        total.scatter_add_(1, where.view(rows, -1), held.to(total.dtype).view(rows, -1))
 
     def held_positions(self, row: int, head: int) -> list[int]:
         """Positions of the tokens that a head holds, ascending."""
@@ -418,6 +429,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         per_layer = [slots] * len(self.layers) if slots is None or isinstance(slots, int) else slots
         for layer, number in zip(self.layers, per_layer, strict=True):
             layer.longest[row] = prompt_tokens
+            layer.prefill_bytes = 0
             layer.share.pop(row, None)
             layer.compact.pop(row, None)
             if rotary is not None:
@@ -426,6 +438,11 @@ class BudgetedCache(Cache):  # type: ignore[misc]
                 layer.row_slots[row] = (number, not one)
             if layer.is_initialized:
                 layer.unread.add(row)
+
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows, whose prompts have been read, again as the `count` rows behind them."""
+        for layer in self.layers:
+            layer.copy_rows(count)
 
     def allocate(self, *, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         """Makes every layer's store now instead of at its first token."""

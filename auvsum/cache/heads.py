@@ -11,7 +11,8 @@ row writes, new tokens gather in a write region in the model's type; when it is 
     cache.settle(0, second_look(model, cache, 0, ids, document=(start, end), first=token))
     model(token, position_ids=..., past_key_values=cache, ...)
 
-Shapes: G KV heads, D head size, n prompt tokens, N slots of a layer over its heads, W tokens of the write region.
+Shapes: M rows that write, G KV heads, D head size, n prompt tokens, N slots of a layer over rows and heads, V tokens
+of its write regions together, T tokens that arrive (one in decoding).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +30,7 @@ from transformers.cache_utils import Cache
 from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, make_codec
 from auvsum.cache.policies.auv_look import AUVLook
+from auvsum.cache.ragged import Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.errors import PolicyError
@@ -46,46 +49,9 @@ class Open:
 
 
 @dataclass
-class Slots:
-    """The candidates of one row in one layer, head after head: head g has `starts[g] .. starts[g + 1] - 1`.
-
-    Attributes:
-        keys, values: as the codec keeps them, first dimension N. positions: int32 `[N]`.
-        aas: attention paid to each, summed, fp32 `[N]`. starts: int64 `[G + 1]`. longest: the most slots of a head.
-        write_key, write_value: `[G, W, D]`. write_aas: fp32 `[G, W]`. written: tokens in the write region.
-        room: how many candidates there may be. first: position of the write region's first token.
-        since: tokens written since the prompt was settled.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    positions: Tensor
-    aas: Tensor
-    starts: Tensor
-    longest: int
-    write_key: Tensor
-    write_value: Tensor
-    write_aas: Tensor
-    room: int
-    first: int
-    written: int = 0
-    since: int = 0
-    unpacked: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-
-    def tensors(self) -> list[Tensor]:
-        rest = [self.positions, self.aas, self.starts, self.write_key, self.write_value, self.write_aas]
-        return [*self.keys, *self.values, *rest]
-
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Which slots head g has, as `[G, longest]` indices, and which of them are only padding."""
-        steps = torch.arange(self.longest, device=self.starts.device)
-        index = (self.starts[:-1, None] + steps).clamp_(max=self.positions.shape[0] - 1)
-        return index, steps >= (self.starts[1:] - self.starts[:-1])[:, None]
-
-
-@dataclass
 class _Seen:
-    """Attention that queries behind an open row paid to its tokens: sums `[G, n]`, and how many queries they were."""
+    """Attention that queries behind an open row paid to its tokens, to the policy's power: sums `[G, n]`, and how many
+    queries they were."""
 
     total: Tensor
     queries: int = 0
@@ -93,11 +59,12 @@ class _Seen:
 
 @dataclass
 class Look:
-    """What a second look found, for one prompt: mean attention a query `[layers, G, n]`, or None where there was
-    none. Shared by rows that read the same prompt."""
+    """What a second look found, for one prompt: attention to the policy's power, mean a query `[layers, G, n]`, or None
+    where there was none. Shared by rows that read the same prompt."""
 
     looked: Tensor | None
     drafted: Tensor | None
+    asked: Tensor | None = None
 
 
 class HeadsLayer(UncountedLayer):
@@ -105,15 +72,22 @@ class HeadsLayer(UncountedLayer):
 
     window: int | None = None
 
-    def __init__(self, policy: AUVLook, bits: int, rows: int) -> None:
+    def __init__(self, policy: AUVLook, bits: int, writing: Writing, place: tuple[int, int]) -> None:
         super().__init__()
         self.policy, self.bits = policy, bits
-        self.rows: list[Open | Slots | None] = [None] * rows
-        self.active = [True] * rows
+        self.writing = writing
+        self.number, self.layers = place
+        #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
+        self.rows: list[Open | None] = [None] * len(writing.active)
+        self.loose: dict[int, Slots] = {}
+        self.held: Slots | None = None
+        self.members: list[int] = []
         self.row: int | None = None
         self.reads_prompt = False
         self.looks: _Seen | None = None
         self.draft: Open | None = None
+        #: How many of an open row's tokens stand before those that look.
+        self.before: int | None = None
         self.codec: Codec = Codec(torch.float32)
         #: For measurements of quality alone: a step need not unpack what has not changed, at the price of its memory.
         self.keeps_unpacked = False
@@ -138,7 +112,8 @@ class HeadsLayer(UncountedLayer):
         return key_states, value_states
 
     def reset(self) -> None:
-        self.rows = [None] * len(self.rows)
+        for row in range(len(self.rows)):
+            self.clear(row)
 
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         raise PolicyError("beam search is not supported by a budgeted cache", "use num_beams=1")
@@ -155,11 +130,42 @@ class HeadsLayer(UncountedLayer):
             raise PolicyError(f"policy {self.policy.name!r} takes no padding", "read prompts one at a time")
         if self.looks is not None and self.row is not None:
             return self._look(self.looks, self.row, query, key, value, scale)
-        if self.row is not None and isinstance(self.rows[self.row], Slots):
-            return self._step(self.row, query[0], key[0], value[0], scale)[None]
-        if self.row is not None:
+        if self.row is not None and not self.writing.width[self.row]:
             return self._read(self.row, query, key, value, scale)
-        return torch.stack([self._step(row, query[row], key[row], value[row], scale) for row in range(len(self.rows))])
+        if self.number == 0:
+            self._plan(query.shape[2], query.device)
+        rows = self.writing.rows
+        if self.members != rows:
+            self._join(rows)
+        if len(rows) == query.shape[0]:
+            out = self._step(query, key, value, scale)
+        else:
+            out = torch.zeros_like(query.transpose(1, 2))
+            if rows:
+                out[rows] = self._step(query[rows], key[rows], value[rows], scale)
+        if self.number == self.layers - 1:
+            self.writing.finish()
+        return out
+
+    def _plan(self, tokens: int, device: torch.device) -> None:
+        """Which rows take part in this step, and where their tokens go in all layers."""
+        writing = self.writing
+        if any(row is not None and writing.active[number] for number, row in enumerate(self.rows)):
+            raise PolicyError("the prompt has not been settled", "call cache.settle(row) before writing")
+        rows = writing.taking_part()
+        if self.row is not None and rows != [self.row]:
+            raise PolicyError("one row alone cannot go on among several", "use a cache of one row")
+        writing.plan(rows, tokens, device)
+
+    def _join(self, rows: list[int]) -> None:
+        """Rows that have been settled, or that wrote before, into one memory; what the others held is freed."""
+        parts = [self.loose.pop(row) if row in self.loose else self._cut(row) for row in rows]
+        single = len(parts) == 1 and rows[0] not in self.members
+        self.held, self.members = (parts[0] if single else Slots.join(parts)) if parts else None, list(rows)
+
+    def _cut(self, row: int) -> Slots:
+        assert self.held is not None
+        return self.held.cut(self.members.index(row))
 
     @property
     def row_count(self) -> int:
@@ -189,52 +195,56 @@ class HeadsLayer(UncountedLayer):
         held = self.rows[row]
         assert isinstance(held, Open)
         size, own_key, own_value = held.key.shape[1], key, value
+        past_key, past_value = held.key[:, : self.before], held.value[:, : self.before]
         if self.draft is not None:
             self.draft.key = torch.cat([self.draft.key, key[0]], 1)
             self.draft.value = torch.cat([self.draft.value, value[0]], 1)
             own_key, own_value = self.draft.key[None], self.draft.value[None]
-        keys = torch.cat([held.key[None], own_key], 2)
-        values = torch.cat([held.value[None], own_value], 2)
+        keys = torch.cat([past_key[None], own_key], 2)
+        values = torch.cat([past_value[None], own_value], 2)
         out, attention = attend_chunk(query, keys, values, scale, keys.shape[2] - query.shape[2])
-        seen.total += attention.column_sums()[:, :size]
+        seen.total += attention.column_sums(power=self.policy.power)[:, :size]
         seen.queries += query.shape[2]
         self.transient = max(self.transient, keys.nbytes + values.nbytes)
         return out.transpose(1, 2)
 
-    def _step(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """The next tokens of a row, one in decoding; query `[H, T, D]`, key, value `[G, T, D]`. Returns `[T, H, D]`."""
-        held = self.rows[row]
-        heads, tokens, size = query.shape
-        if held is None or not self.active[row]:
-            return query.new_zeros((tokens, heads, size))
-        if isinstance(held, Open):
-            raise PolicyError("the prompt has not been settled", "call cache.settle(row) before writing")
-        groups, codec, longest, before = key.shape[0], self.codec, held.longest, held.written
-        held.written = now = before + tokens
-        held.write_key[:, before:now], held.write_value[:, before:now] = key, value
-        held.write_aas[:, before:now] = 0
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The next tokens of all rows, one in decoding; query `[M, H, T, D]`, key, value `[M, G, T, D]`. Returns
+        `[M, T, H, D]`."""
+        held, writing, codec = self.held, self.writing, self.codec
+        assert held is not None
+        (rows, heads, tokens, size), groups = query.shape, key.shape[1]
+        held.write_key[writing.at] = key.transpose(1, 2).reshape(-1, groups, size)
+        held.write_value[writing.at] = value.transpose(1, 2).reshape(-1, groups, size)
         keys, values, index, padding = self._candidates(held)
-        own_key, own_value = held.write_key[:, :now], held.write_value[:, :now]
-        asked = query.reshape(groups, -1, size)  # a group's query heads after each other, T tokens each
-        logits = torch.cat([codec.turn(asked) @ keys.transpose(1, 2), asked @ own_key.transpose(1, 2)], -1).float()
-        logits[..., :longest].masked_fill_(padding[:, None], -torch.inf)
-        if tokens > 1:
-            later = torch.ones(tokens, now, dtype=torch.bool, device=query.device).triu_(before + 1)
-            logits.view(groups, -1, tokens, longest + now)[..., longest:].masked_fill_(later, -torch.inf)
+        longest = keys.shape[2]
+        own_key, own_value = (
+            written[writing.region].view(rows, -1, groups, size).transpose(1, 2)
+            for written in (held.write_key, held.write_value)
+        )
+        asked = query.reshape(rows, groups, -1, size)  # a group's query heads after each other, T tokens each
+        logits = torch.cat([codec.turn(asked) @ keys.mT, asked @ own_key.mT], -1).float()
+        logits[..., :longest].masked_fill_(padding[:, :, None], -torch.inf)
+        if writing.later is not None:
+            own = logits.view(rows, groups, -1, tokens, logits.shape[-1])[..., longest:]
+            own.masked_fill_(writing.later[:, None, None], -torch.inf)
         probabilities = logits.mul_(scale).softmax(-1)
         spread = probabilities.to(values.dtype)
         out = codec.turn_back(spread[..., :longest] @ values) + spread[..., longest:] @ own_value
-        paid = probabilities.sum(1).div_(heads // groups)
+        paid = probabilities.pow_(self.policy.power).sum(2).div_(heads // groups)
         # Padding points at some slot and adds nothing to it: its probability is 0.
-        held.aas.index_add_(0, index.view(-1), paid[:, :longest].reshape(-1))
-        held.write_aas[:, :now] += paid[:, longest:]
-        held.since += tokens
-        if now == held.write_key.shape[1]:
+        held.aas.index_add_(0, index.view(-1), paid[..., :longest].reshape(-1))
+        own_paid = paid[..., longest:].transpose(1, 2).reshape(-1, groups)
+        if isinstance(writing.region, slice):
+            held.write_aas[writing.region] += own_paid
+        else:
+            held.write_aas.index_add_(0, writing.region.view(-1), own_paid)
+        if writing.due:
             self._make_room(held)
-        return out.view(heads, tokens, size).transpose(0, 1)
+        return out.view(rows, heads, tokens, size).transpose(1, 2)
 
     def _candidates(self, held: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values of a row `[G, longest, D]` in the codec's space, their slots, and what is only padding."""
+        """Keys and values `[M, G, longest, D]` in the codec's space, their slots, and what is only padding."""
         if held.unpacked is not None:
             return held.unpacked
         index, padding = held.padded()
@@ -246,98 +256,134 @@ class HeadsLayer(UncountedLayer):
 
     # -- eviction -----------------------------------------------------------------------------------------------------
 
-    def keep(self, row: int, keep: Tensor, score: Tensor, room: int, write: int) -> None:
-        """Frees all of an open row but the tokens of `keep`, bool `[G, n]`; their scores `[G, n]` start the sums.
+    def keep(
+        self, row: int, head: Tensor, position: Tensor, counts: Sequence[int], score: Tensor, room: int, write: int
+    ) -> None:
+        """Frees all of an open row but these tokens; their scores start the sums.
 
         Args:
+            head, position: int64 `[N]`, in order of both. counts: tokens of each head. score: `[G, n]`.
             room: candidates that the layer may hold from now on. write: tokens of the write region.
         """
-        held = self.rows[row]
-        assert isinstance(held, Open)
-        head, position = keep.nonzero(as_tuple=True)
-        groups, size = keep.shape[0], held.key.shape[-1]
-        empty = (groups, write, size)
-        counts = keep.sum(1)
-        self.rows[row] = Slots(
-            keys=self.codec.pack(held.key[head, position]),
-            values=self.codec.pack(held.value[head, position]),
+        open_ = self.rows[row]
+        assert open_ is not None
+        groups, size = score.shape[0], open_.key.shape[-1]
+        empty = (write, groups, size)
+        self.rows[row] = None
+        self.loose[row] = Slots(
+            keys=self.codec.pack(open_.key[head, position]),
+            values=self.codec.pack(open_.value[head, position]),
             positions=position.to(torch.int32),
-            aas=(score[head, position] * self.policy.prior).float(),
-            starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-            longest=int(counts.max()),
-            write_key=held.key.new_zeros(empty),
-            write_value=held.value.new_zeros(empty),
-            write_aas=torch.zeros((groups, write), dtype=torch.float32, device=keep.device),
-            room=room,
-            first=held.key.shape[1],
+            aas=(score[head, position].pow(self.policy.power) * self.policy.prior).float(),
+            starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
+            write_key=open_.key.new_zeros(empty),
+            write_value=open_.value.new_zeros(empty),
+            write_aas=torch.zeros((write, groups), dtype=torch.float32, device=head.device),
+            sizes=[sum(counts)],
+            longest=[max(counts)],
+            room=[room],
+            widths=[write],
         )
 
     def _make_room(self, held: Slots) -> None:
-        """Multi-step eviction: the older half of the write region competes with the candidates of all heads."""
-        leaving = held.written - held.written // 2
-        groups, device = held.write_key.shape[0], held.aas.device
-        old = torch.arange(groups, device=device).repeat_interleave(held.starts.diff())
-        fresh = torch.arange(groups, device=device)[:, None].expand(groups, leaving)
-        places = torch.arange(held.first, held.first + leaving, dtype=torch.int32, device=device).expand(
-            groups, leaving
-        )
-        head = torch.cat([old, fresh.reshape(-1)])
-        position = torch.cat([held.positions, places.reshape(-1)])
-        aas = torch.cat([held.aas, held.write_aas[:, :leaving].reshape(-1)])
-        flushed = [x[:, :leaving].reshape(-1, x.shape[-1]) for x in (held.write_key, held.write_value)]
+        """Multi-step eviction: the older half of a full write region competes with the candidates of all heads."""
+        writing, groups, device = self.writing, held.groups, held.aas.device
+        count, bounds = held.positions.shape[0], held.bounds()
+        rows = len(held.sizes)
+        old = torch.arange(rows * groups, device=device).repeat_interleave(held.starts.diff(), output_size=count)
+        fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
+        head = torch.cat([old, fresh.view(-1)])
+        position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
+        aas = torch.cat([held.aas, held.write_aas[writing.flush].view(-1)])
+        # The oldest token of each head stays: no head may be empty.
+        oldest = torch.zeros_like(head, dtype=torch.bool)
+        oldest[1:count] = old[1:] != old[:-1]
+        oldest[0].fill_(True)
+        flushed = [x[writing.flush].view(-1, x.shape[-1]) for x in (held.write_key, held.write_value)]
         keys, values = (
             [torch.cat(parts) for parts in zip(kept, self.codec.pack(new), strict=True)]
             for kept, new in zip((held.keys, held.values), flushed, strict=True)
         )
-        # How many queries could attend to a token: since the prompt, or since it was written.
-        written = held.first + held.written - held.since
-        queries = torch.where(position < written, self.policy.prior + held.since, held.first + held.written - position)
-        score = aas / queries
-        if self.policy.value_norm:
-            score = score * self.codec.unpack(values).float().norm(dim=-1)
-        # The oldest token of each head stays: no head may be empty.
-        score[_first_of_each(head, position, groups)] = torch.inf
-        kept = score.topk(min(held.room, score.shape[0])).indices
-        order = kept[(head[kept] * (1 << 40) + position[kept]).argsort()]
+        every = torch.arange(head.shape[0], device=device)
+        rivals = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
+        score = self._scores(head[rivals] // groups, position[rivals], aas[rivals], [x[rivals] for x in values])
+        score.masked_fill_(oldest[rivals], torch.inf)
+        order = score.argsort(descending=True)
+        if len(writing.due) > 1:  # row after row, in each the best first
+            order = order[(head[rivals[order]] // groups).argsort(stable=True)]
+        sizes = [held.sizes[row] + leaving * groups for row, leaving in writing.due.items()]
+        kept = [min(held.room[row], size) for row, size in zip(writing.due, sizes, strict=True)]
+        best = rivals[torch.cat([part[:most] for part, most in zip(torch.split(order, sizes), kept, strict=True)])]
+        best = best[(head[best] * (1 << 40) + position[best]).argsort()]
+        chosen = dict(zip(writing.due, torch.split(best, kept), strict=True))
+        order = torch.cat([chosen.get(row, every[slice(*bounds[row])]) for row in range(rows)])
         held.keys, held.values = [x[order] for x in keys], [x[order] for x in values]
         held.positions, held.aas = position[order], aas[order]
-        counts = torch.bincount(head[order], minlength=groups)
-        held.starts, held.longest = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), int(counts.max())
-        rest = held.written - leaving
-        for tensor in (held.write_key, held.write_value, held.write_aas):
-            tensor[:, :rest] = tensor[:, leaving : held.written].clone()
-        held.written, held.first, held.unpacked = rest, held.first + leaving, None
+        held.sizes = [len(chosen[row]) if row in chosen else size for row, size in enumerate(held.sizes)]
+        counts = torch.bincount(head[order], minlength=rows * groups)
+        held.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        held.longest = counts.view(rows, groups).amax(1).tolist()
+        held.write_key, held.write_value = held.write_key[writing.shift], held.write_value[writing.shift]
+        held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
+        held.unpacked = None
+
+    def _scores(self, row: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
+        """By which tokens compete: the attention paid to each, a query that could pay it."""
+        prompt, since, end = self.writing.reach[:, row]
+        score = aas / torch.where(position < prompt, self.policy.prior + since, end - position)
+        score = score.pow(1 / self.policy.power)
+        return score * self.codec.unpack(values).float().norm(dim=-1) if self.policy.value_norm else score
 
     # -- looking in from outside --------------------------------------------------------------------------------------
 
+    def clear(self, row: int) -> None:
+        """Frees what a row holds."""
+        self.rows[row] = None
+        self.loose.pop(row, None)
+        if row in self.members:
+            self._join([other for other in self.members if other != row])
+
     def row_bytes(self, row: int) -> int:
         """Bytes that a row has allocated in this layer."""
-        held = self.rows[row]
-        tensors = [held.key, held.value] if isinstance(held, Open) else held.tensors() if held else []
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        open_ = self.rows[row]
+        if open_ is not None:
+            return open_.key.untyped_storage().nbytes() + open_.value.untyped_storage().nbytes()
+        if row in self.loose:
+            return self.loose[row].row_bytes(0)
+        return self.held.row_bytes(self.members.index(row)) if self.held and row in self.members else 0
+
+    def settled(self, row: int) -> Slots:
+        """What a settled row holds."""
+        return self.loose[row] if row in self.loose else self._cut(row)
 
     @property
     def heads(self) -> int:
         """KV heads."""
-        held = next(held for held in self.rows if held is not None)
-        return int(held.key.shape[0]) if isinstance(held, Open) else len(held.starts) - 1
+        held = next(iter(self.loose.values()), self.held)
+        return held.groups if held else next(int(row.key.shape[0]) for row in self.rows if row is not None)
 
-    def kept(self, row: int, tokens: int) -> Tensor:
-        """How many heads hold each of a row's first `tokens` tokens: fp32 `[tokens]`, on the CPU."""
-        held = self.rows[row]
-        assert isinstance(held, Slots)
-        return torch.bincount(held.positions, minlength=tokens)[:tokens].float().cpu()
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows, settled and not yet written to, again as the `count` rows behind them."""
+        for row in range(count):
+            self.loose[count + row] = self.loose[row]
+
+    def add_kept(self, total: Tensor) -> None:
+        """Adds how many heads hold each token of the first rows to `total`, fp32 `[rows, tokens]`."""
+        for row in range(total.shape[0]):
+            positions = self.settled(row).positions
+            total[row].index_add_(0, positions, torch.ones_like(positions, dtype=total.dtype))
 
     def held_positions(self, row: int, head: int) -> list[int]:
         """Positions of the tokens that a head holds, ascending."""
-        held = self.rows[row]
-        if isinstance(held, Open):
-            return list(range(held.key.shape[1]))
-        if held is None:
+        open_, writing = self.rows[row], self.writing
+        if open_ is not None:
+            return list(range(open_.key.shape[1]))
+        if not writing.width[row]:
             return []
+        held = self.settled(row)
         start, end = held.starts[head : head + 2].tolist()
-        own = held.positions[start:end].tolist()
-        return own + list(range(held.first, held.first + held.written))
+        own: list[int] = held.positions[start:end].tolist()
+        return own + list(range(writing.first[row], writing.first[row] + writing.written[row]))
 
 
 class HeadsCache(Cache):  # type: ignore[misc]
@@ -366,7 +412,9 @@ class HeadsCache(Cache):  # type: ignore[misc]
             message = f"policy {policy.name!r} needs at least {policy.least_slots} slots, not {self._granted[0]}"
             raise PolicyError(message, f"give it {policy.least_slots} or more")
         self._peak = 0
-        super().__init__(layers=[HeadsLayer(policy, bits, rows) for _ in windows])
+        self.writing = Writing(rows)
+        count = len(windows)
+        super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 
@@ -388,8 +436,10 @@ class HeadsCache(Cache):  # type: ignore[misc]
         if slots is not None:
             self._granted[row] = _mean(slots)
         self._peak = 0
+        self.writing.active[row], self.writing.width[row] = True, 0
         for layer in self.layers:
-            layer.rows[row], layer.active[row], layer.transient = None, True, 0
+            layer.clear(row)
+            layer.transient = 0
 
     def reading(self, row: int) -> AbstractContextManager[None]:
         """Within: the model is called with batch 1, and its tokens are a prompt chunk of that row."""
@@ -405,22 +455,21 @@ class HeadsCache(Cache):  # type: ignore[misc]
 
     def may_write(self, row: int) -> int:
         """How many tokens a row takes at once, when they are known: until its write region is full."""
-        held = self.layers[0].rows[row]
-        assert isinstance(held, Slots)
-        return int(held.write_key.shape[1]) - held.written
+        return self.writing.width[row] - self.writing.written[row]
 
     @contextmanager
-    def looking(self, row: int, *, drafts: bool = False) -> Iterator[list[_Seen]]:
+    def looking(self, row: int, *, drafts: bool = False, before: int | None = None) -> Iterator[list[_Seen]]:
         """Within: the model is called with batch 1, and its tokens look at what that row holds without being held.
 
         Args:
             drafts: each call sees the tokens of the calls before it.
+            before: they are the prompt's own tokens from this one on, once more; by default they follow the prompt.
         """
         found = []
         for layer in self.layers:
             held = layer.rows[row]
             assert isinstance(held, Open)
-            layer.row = row
+            layer.row, layer.before = row, before
             layer.looks = _Seen(torch.zeros(held.key.shape[:2], dtype=torch.float32, device=held.key.device))
             layer.draft = Open(held.key[:, :0], held.value[:, :0]) if drafts else None
             found.append(layer.looks)
@@ -429,7 +478,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         finally:
             self._note_peak(row)
             for layer in self.layers:
-                layer.row, layer.looks, layer.draft = None, None, None
+                layer.row, layer.looks, layer.draft, layer.before = None, None, None, None
 
     def settle(self, row: int, look: Look | None) -> None:
         """Ranks the tokens of all layers and heads, keeps the best and frees the rest.
@@ -442,27 +491,36 @@ class HeadsCache(Cache):  # type: ignore[misc]
         """
         self._note_peak(row)
         first = self.layers[0].rows[row]
-        assert isinstance(first, Open)
+        assert first is not None
         groups, tokens, _ = first.key.shape
         room, write = self.regions(row)
-        total = min(room, tokens) * len(self.layers) * groups
+        layers = len(self.layers)
         if look is None:
-            if total < tokens * len(self.layers) * groups:
+            if room < tokens:
                 raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")
-            score = torch.zeros((len(self.layers), groups, tokens), device=first.key.device)
+            score = torch.zeros((layers, groups, tokens), device=first.key.device)
         else:
-            score = self.policy.blend(look.looked, look.drafted)
+            score = self.policy.blend(look.looked, look.drafted, look.asked)
         ranking = score
         if self.policy.value_norm:
             ranking = score * torch.stack([layer.rows[row].value.float().norm(dim=-1) for layer in self.layers])
         # The first token stays in every head: it takes the attention that a query has no use for.
         ranking = ranking.clone()
         ranking[..., 0] = torch.inf
-        best = ranking.flatten().topk(total).indices
-        keep = torch.zeros_like(ranking, dtype=torch.bool).flatten().index_fill_(0, best, True).view_as(ranking)
-        for index, layer in enumerate(self.layers):
-            share = int(keep[index].sum()) if room < tokens else room * groups
-            layer.keep(row, keep[index], score[index], share, write)
+        best = ranking.flatten().topk(min(room, tokens) * layers * groups).indices.sort().values
+        counts = torch.bincount(best // tokens, minlength=layers * groups).view(layers, groups).tolist()
+        head, position = best // tokens % groups, best % tokens
+        shares = [sum(own) for own in counts]
+        for layer, *own in zip(self.layers, head.split(shares), position.split(shares), counts, score, strict=True):
+            layer.keep(row, *own, sum(own[2]) if room < tokens else room * groups, write)
+        self.writing.start(row, write, tokens)
+
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows, settled and not yet written to, again as the `count` rows behind them."""
+        self._granted[count : 2 * count] = self._granted[:count]
+        self.writing.copy_rows(count)
+        for layer in self.layers:
+            layer.copy_rows(count)
 
     def next_part(self, row: int, share: int | None) -> NoReturn:
         raise PolicyError(f"policy {self.policy.name!r} cannot stream", "use --policy auv or h2o")
@@ -472,8 +530,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
 
     def rest(self, row: int) -> None:
         """A row takes no further part in decoding; what it holds means nothing from now on."""
-        for layer in self.layers:
-            layer.active[row] = False
+        self.writing.active[row] = False
 
     def allocate(self, **_: Any) -> None:
         """Nothing is allocated before a prompt shows which head needs what."""
@@ -517,7 +574,7 @@ def second_look(
     first: int | None,
     step: Callable[[Tensor, Tensor, HeadsCache], Tensor] | None = None,
 ) -> Look | None:
-    """Reads pieces of the document once more, and drafts a summary, with everything of an open row held.
+    """Reads pieces of the document and what is asked once more, and drafts a summary, with all of an open row held.
 
     Args:
         ids: the prompt. document: the span of it that is the document. first: the first token of the summary; None
@@ -543,7 +600,7 @@ def second_look(
         logits: Tensor = out.logits[0, -1]
         return logits
 
-    looked = drafted = None
+    looked = drafted = asked = None
     again = policy.tokens_to_look_with(ids[document[0] : document[1]])
 
     def draw(token: int, position: int) -> int:
@@ -565,20 +622,18 @@ def second_look(
             for place in range(draft):
                 token = draw(token, tokens + place)
         drafted = torch.stack([layer.total / layer.queries for layer in seen])
-    if looked is None and drafted is None:
+    tail = ids[max(document[1], tokens - _LOOK_CHUNK) :]
+    if policy.ask and tail and len(tail) < tokens:
+        with cache.looking(row, before=tokens - len(tail)) as seen:
+            see(tail, tokens - len(tail))
+        asked = torch.stack([layer.total / layer.queries for layer in seen])
+    if looked is None and drafted is None and asked is None:
         raise PolicyError(
             f"the prompt of {tokens:,} tokens leaves the model no positions to look at it again",
             "use --policy auv, or a shorter document",
         )
-    return Look(looked, drafted)
+    return Look(looked, drafted, asked)
 
 
 def _mean(slots: int | Sequence[int]) -> int:
     return slots if isinstance(slots, int) else sum(slots) // len(slots)
-
-
-def _first_of_each(head: Tensor, position: Tensor, groups: int) -> Tensor:
-    """For each head the index of its oldest token: int64 `[G]`."""
-    own = torch.arange(groups, device=head.device)[:, None] == head
-    far = torch.iinfo(position.dtype).max
-    return position.masked_fill(~own, far).argmin(-1)

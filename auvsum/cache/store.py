@@ -187,15 +187,15 @@ class SlotStore:
         if live == 0:
             state = {name: values.new_zeros((groups, chunk)) for name, values in self.state.items()}
             return Held(key, value, fresh, state, chunk)
-        order = self._by_position(row, live)
-        pick = order[..., None].expand(-1, -1, key.shape[-1])
-        old_key = self.codec.decode(self.keys, row).gather(1, pick)
-        old_value = self.codec.decode(self.values, row).gather(1, pick)
+        # `fill` leaves a row in order of position; only decoding mixes it.
+        held = slice(0, live) if known.epoch == self.epoch else self._by_position(row, live)
+        heads = slice(None) if isinstance(held, slice) else self._heads[0][:, None]
+        old_key, old_value = (self.codec.decode(memory, (row, heads, held)) for memory in (self.keys, self.values))
         state = {
-            name: torch.cat([values[row].gather(1, order), values.new_zeros((groups, chunk))], 1)
+            name: torch.cat([values[row, heads, held], values.new_zeros((groups, chunk))], 1)
             for name, values in self.state.items()
         }
-        positions = torch.cat([self.positions[row].gather(1, order), fresh], 1)
+        positions = torch.cat([self.positions[row, heads, held], fresh], 1)
         return Held(torch.cat([old_key, key], 1), torch.cat([old_value, value], 1), positions, state, chunk)
 
     def fill(self, row: int, held: Held, keep: Tensor | None) -> None:
@@ -224,6 +224,14 @@ class SlotStore:
         if known.epoch == self.epoch:
             known.live, known.seen = kept, known.seen + held.chunk
 
+    def copy_rows(self, count: int) -> None:
+        """The first `count` rows again as the `count` rows behind them."""
+        tensors = [value for name, value in vars(self).items() if isinstance(value, Tensor) and name[0] != "_"]
+        for tensor in (*tensors, *self.keys, *self.values, *self.state.values()):
+            tensor[count : 2 * count] = tensor[:count]
+        for row in range(count):
+            self.counts[count + row] = copy.copy(self.counts[row])
+
     def turn(self, row: int, rotary: Rotary, position: int) -> None:
         """Turns a row's un-turned keys to the positions just before `position`, in their order."""
         live = self.live(row)
@@ -243,19 +251,20 @@ class SlotStore:
         self.enter(at)
         self.write(at, key, value)
 
-    def write(self, at: Tensor, key: Tensor, value: Tensor) -> None:
-        """The vectors of `append`."""
-        where = (self._rows, self._heads, at)
+    def write(self, at: Tensor | int, key: Tensor, value: Tensor) -> None:
+        """The vectors of `append`; `at` may be the one slot of all heads and rows."""
+        where = (slice(None), slice(None), at) if isinstance(at, int) else (self._rows, self._heads, at)
         self.codec.encode(self.keys, where, key)
         self.codec.encode(self.values, where, value)
 
     def enter(self, at: Tensor) -> None:
         """All of `append` but the vectors."""
-        where = (self._rows, self._heads, at)
-        self.positions[where] = self.seen[:, None].to(torch.int32).expand_as(at)
-        self.valid[where] = True
+        # `scatter_`: assigning a number by index would wait for the GPU.
+        where = at[..., None]
+        self.positions.scatter_(2, where, self.seen[:, None, None].to(torch.int32).expand_as(where))
+        self.valid.scatter_(2, where, True)
         for values in self.state.values():
-            values[where] = 0
+            values.scatter_(2, where, 0.0)
         self.seen += self.active
         self.decoded()
 
@@ -267,15 +276,19 @@ class SlotStore:
         """Keys and values as attention needs them, `[B, G, S (+ 1), D]`; dead slots hold anything."""
         return self.codec.decode(self.keys), self.codec.decode(self.values)
 
-    def move(self, row: int, source: Tensor, target: Tensor) -> None:
+    def move(self, row: int | Tensor, source: Tensor, target: Tensor) -> None:
         """Scatter filling (§3.4): tokens of slots `source` go, with all their state, to slots `target`, both `[G, m]`.
 
         The emptied slots become dead; the tensors stay where they are.
+
+        Args:
+            row: or several, int64 `[N]`; then the slots are `[N, G, m]`.
         """
         heads = self._heads[0][:, None]
-        to, origin = (row, heads, target), (row, heads, source)
-        self.codec.encode(self.keys, to, self.codec.decode(self.keys, row)[heads, source])
-        self.codec.encode(self.values, to, self.codec.decode(self.values, row)[heads, source])
+        rows = row[:, None, None] if isinstance(row, Tensor) else row
+        to, origin = (rows, heads, target), (rows, heads, source)
+        for memory in (self.keys, self.values):
+            self.codec.encode(memory, to, self.codec.decode(memory, origin))
         self.positions[to] = self.positions[origin]
         self.positions[origin] = _NO_POSITION
         self.valid[origin] = False
@@ -293,19 +306,21 @@ class SlotStore:
 
     # -- reconstructed K(V) -------------------------------------------------------------------------------------------
 
-    def fold(self, row: int, key: Tensor, value: Tensor, scores: Tensor) -> None:
+    def fold(self, row: int | Tensor, key: Tensor, value: Tensor, scores: Tensor) -> None:
         """Folds evicted tokens into the reconstructed K(V), eqs. 7 and 8, in fp32.
 
         Args:
+            row: or several, int64 `[N]`; then the rest begins with `N` too.
             key, value: `[G, m, D]`. scores: their AES `[G, m]`; a zero takes no part.
         """
-        self.counts[row].folded = True
-        added = scores.sum(-1)
-        mass = self.folded_mass[row] + added
+        for number in row.tolist() if isinstance(row, Tensor) else [row]:
+            self.counts[number].folded = True
+        before = self.folded_mass[row]
+        mass = before + scores.sum(-1)
         # While the sum is 0 the slot stays zero and masked: no 0/0.
-        divisor = torch.where(mass > 0, mass, torch.ones_like(mass))[:, None]
+        divisor = torch.where(mass > 0, mass, 1.0)[..., None]
         for folded, tokens in ((self.folded_key, key), (self.folded_value, value)):
-            total = folded[row] * self.folded_mass[row][:, None] + (scores[:, None] @ tokens.float())[:, 0]
+            total = folded[row] * before[..., None] + (scores[..., None, :] @ tokens.float())[..., 0, :]
             folded[row] = total / divisor
         self.folded_mass[row] = mass
         last = (row, slice(None), self.slots)

@@ -31,6 +31,7 @@ class Books:
         self.stores = stores
         self.whole = whole
         self._at: tuple[Tensor, ...] = ()
+        self._slot: int | None = None
         self._mask: tuple[Tensor | None, ...] = ()
         self._queries: list[Tensor] = []
         self._seen: list[Tensor] = []
@@ -61,10 +62,13 @@ class Books:
             at = policy.place(self.whole)
             self.whole.enter(at)
             self._at = torch.split(at, at.shape[0] // len(self.stores))
+            one = at[:1, :1]
+            # Where all heads write to the same slot a slice will do, in a sixth of the time of an indexed write.
+            self._slot = int(one) if self.recalls and bool((at == one).all()) else None
             self._mask = self._hide(key.dtype) if self.recalls else ()
             for store in self.stores:
                 store.decoded()
-        self.stores[number].write(self._at[number], key, value)
+        self.stores[number].write(self._at[number] if self._slot is None else self._slot, key, value)
 
     def _hide(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What is added to each layer's logits, `[B, G, 1, S (+ 1)]`; None where all slots are live."""

@@ -60,6 +60,10 @@ def command(
     condition: Annotated[
         str | None, _option("The order of a document's paragraphs.", metavar="plain|shuffled|key-last")
     ] = None,
+    half: Annotated[
+        str | None,
+        _option("Rows with an even or an odd number: tune on one, report the other.", metavar="all|even|odd"),
+    ] = None,
     limit: Annotated[int | None, _option("Measure only so many documents.", metavar="N")] = None,
     seed: Annotated[int | None, _option("Draws the documents, the examples and the shuffling.", metavar="N")] = None,
     max_document_tokens: Annotated[int | None, _option("Cut longer documents, and label them.", metavar="N")] = None,
@@ -75,7 +79,12 @@ def command(
     ] = False,
     recipe: Recipe = None,
     only: Annotated[str | None, _option("Names of the recipe's runs to measure.", metavar="A,B")] = None,
-    batch_size: Annotated[int | None, _option("Documents written together; more on a GPU.", metavar="N")] = None,
+    batch_size: Annotated[
+        int | None, _option("Documents written together; default 1, on a GPU what its memory holds.", metavar="N")
+    ] = None,
+    write_only: Annotated[
+        bool, _option("Write and stop; `auvsum score` scores later, here or elsewhere.", "--write-only")
+    ] = False,
     jobs: Annotated[
         int, typer.Option(help="Processes that measure documents side by side, a model each.", min=1, metavar="N")
     ] = 1,
@@ -115,7 +124,7 @@ def command(
         from auvsum.eval.runs import Run
 
         folder = data_dir or (Path(path) if (path := os.environ.get("AUVSUM_DATA_DIR")) else None)
-        machine = _Machine(folder, download, device or "auto", threads, batch_size, jobs)
+        machine = _Machine(folder, download, device or "auto", threads, batch_size, jobs, write_only)
         codes = []
         for name, config in configurations(recipe, flags, split_list(only or "")):
             where = (out / name if name else out) if out else Path("runs") / (name or _default_name(config))
@@ -169,6 +178,7 @@ class _Machine:
     threads: int | None
     batch_size: int | None
     jobs: int
+    write_only: bool
 
 
 def _evaluate(console: Console, config: EvalConfig, run: Run, resume: bool, machine: _Machine) -> int:
@@ -181,7 +191,7 @@ def _evaluate(console: Console, config: EvalConfig, run: Run, resume: bool, mach
     needs_sumy()
     download = machine.download
     examples = load_examples(config.dataset, columns=config.columns, data_dir=machine.data_dir, download=download)
-    encoder = _encoder(config, machine.device, download)
+    encoder = None if machine.write_only else _encoder(config, machine.device, download)
     run.begin(config, resume=resume)
     from auvsum.engine.models import load
     from auvsum.eval.runner import Runner
@@ -190,10 +200,12 @@ def _evaluate(console: Console, config: EvalConfig, run: Run, resume: bool, mach
         loaded = load(
             config.model, device=machine.device, dtype=config.dtype, threads=machine.threads, download=download
         )
-    batch = machine.batch_size or (8 if loaded.device.type == "cuda" else 1)
-    runner = Runner(config, loaded, examples, batch_size=batch, progress=console.note)
+    runner = Runner(config, loaded, examples, batch_size=machine.batch_size, progress=console.note)
     console.note(f"{len(runner.examples)} documents, {len(runner.cells)} rows, {runner.prompter.setting} -> {run.path}")
     runner.into(run, machine.jobs)
+    if machine.write_only:
+        console.note(f"kept in {run.path}; type: auvsum score {run.path}")
+        return int(any(sample["error"] for sample in run.samples()))
     metrics = _score(console, run, encoder)
     return 1 if metrics["failed"] else 0
 

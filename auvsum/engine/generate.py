@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -28,6 +28,7 @@ from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.engine.fuse import fuse
 from auvsum.engine.graph import NOT_FINITE, RESTS, DecodeGraph, why_not
+from auvsum.engine.kept import Kept
 from auvsum.engine.lean import lean_step, straighten_head
 from auvsum.engine.memory import MOST_ROWS, cache_shape, devices_of, is_out_of_memory, release_memory, rows_that_fit
 from auvsum.engine.parts import Part, chunks
@@ -113,6 +114,7 @@ class Engine:
         chunk: tokens read at a time over the budgeted cache (streaming prefill); None reads a prompt in one pass.
         batch_size: documents decoded together; None takes as many as free memory holds.
         bits: of a stored channel: 16 (the model's type), 8 or 4.
+        kept: where the cache and its captured step wait for the next run; engines of one model share it.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Engine:
         batch_size: int | None = 1,
         sampling: Sampling | None = None,
         bits: int = 16,
+        kept: Kept | None = None,
     ) -> None:
         self.model = model
         self.bits = bits
@@ -133,6 +136,7 @@ class Engine:
         self.chunk = chunk
         self.batch_size = batch_size
         self.sampling = sampling or Sampling()
+        self.kept = kept or Kept()
         self.device: torch.device = next(model.parameters()).device
         self.windows = layer_windows(model.config)
         model.set_attn_implementation("auvsum")
@@ -149,14 +153,15 @@ class Engine:
         A document that cannot be written (logits that are not numbers, its time is up, too little memory for it alone)
         ends with `Failed`, and the others go on. Out of memory with several together, it goes on with half as many;
         those that were under way are read again, and their tokens are not told twice. Requests are taken one at a time,
-        when a row is free for them: however many there are, only those wait that `batch_size` or its choice looks at.
+        when a row is free for them or the one before is being read: however many there are, only one more waits than
+        `batch_size` or its choice looks at.
         """
         incoming = enumerate(requests)
         self._told = {}
         ahead = self.batch_size or MOST_ROWS[self.device.type]
         waiting: Waiting = deque(islice(incoming, ahead))
         first = [request for _, request in waiting]
-        batch = self.batch_size or rows_that_fit(self.model, self.policy, first, self.chunk, self.bits)
+        batch = self.batch_size or rows_that_fit(self.model, self.policy, first, self.chunk, self.bits, self.kept.bytes)
         while waiting:
             rows: list[_Row | None] = [None] * min(batch, len(waiting))
             self.rows = len(rows)
@@ -180,17 +185,20 @@ class Engine:
         self, waiting: Waiting, incoming: Iterator[tuple[int, Request]], rows: list[_Row | None]
     ) -> Iterator[Event]:
         """Fills rows with waiting documents, and refills them, until the next document needs another cache."""
-        cache = self._cache_for(waiting, len(rows))
         longest = max(request.max_new_tokens for _, request in waiting)
-        graph, reason = self._graph_for(cache, longest)
+        kind = self._kind(waiting, len(rows), longest)
+        cache, graph, reason = self._cache_for(kind, longest)
         if reason is not None:
             yield from self._notice(f"the plain decode step runs: {reason}")
         while True:
             for number in range(len(rows)):
                 while rows[number] is None and self._next_fits(waiting, incoming, cache, longest):
-                    rows[number] = yield from self._admit(cache, graph, number, *waiting[0])
+                    look_ahead = partial(self._look_ahead, waiting, incoming)
+                    rows[number] = yield from self._admit(cache, graph, number, *waiting[0], look_ahead)
                     waiting.popleft()
             if not any(rows):
+                if graph is not None:
+                    self.kept.put(kind, cache, graph)
                 return
             if graph is None:
                 yield from self._advance(cache, rows)
@@ -205,12 +213,22 @@ class Engine:
     # -- one document -------------------------------------------------------------------------------------------------
 
     def _admit(
-        self, cache: AnyCache, graph: DecodeGraph | None, number: int, index: int, request: Request
+        self,
+        cache: AnyCache,
+        graph: DecodeGraph | None,
+        number: int,
+        index: int,
+        request: Request,
+        meanwhile: Callable[[], None],
     ) -> Generator[Event, None, _Row | None]:
-        """Reads a prompt into a row and writes its first token; returns the row, or None when that was all."""
+        """Reads a prompt into a row and writes its first token; returns the row, or None when that was all.
+
+        Args:
+            meanwhile: called while a GPU is reading.
+        """
         row = _Row(index, request, self.sampling.noise(request.max_new_tokens), admitted=time.perf_counter())
         try:
-            token = yield from self._prefill(cache, number, row)
+            token = yield from self._prefill(cache, number, row, meanwhile)
             going = yield from self._write(cache, number, row, token)
         except DocumentError as error:
             cache.rest(number)
@@ -220,7 +238,9 @@ class Engine:
             graph.fill(number, token, row.position, request.max_new_tokens - 1, row.noise)
         return going
 
-    def _prefill(self, cache: AnyCache, number: int, row: _Row) -> Generator[Event, None, int]:
+    def _prefill(
+        self, cache: AnyCache, number: int, row: _Row, meanwhile: Callable[[], None]
+    ) -> Generator[Event, None, int]:
         """Reads a row's prompt; returns its first new token."""
         request, total = row.request, len(row.request.ids)
         rotary = self._rotary() if request.compact else None
@@ -241,6 +261,7 @@ class Engine:
             row.check_time()
         compacted = cache.end_prompt(number)
         row.first = position if compacted is None else compacted
+        meanwhile()
         token = self._draw(row, logits)
         row.started = time.perf_counter()
         held_bytes = cache.row_bytes(number)
@@ -340,11 +361,22 @@ class Engine:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _cache_for(self, waiting: Iterable[tuple[int, Request]], rows: int) -> AnyCache:
-        """A cache for the documents that come first, as large as the largest of them needs."""
+    def _kind(self, waiting: Iterable[tuple[int, Request]], rows: int, longest: int) -> tuple[Any, ...]:
+        """What a cache for the documents that come first depends on, and its step: slots, rows, and what is the same in
+        a whole run. The slots are those of the largest document.
+        """
         first = [self._per_layer(request) for _, request in waiting][:rows]
         slots = [max(layer) for layer in zip(*first, strict=True)]
-        return make_cache(self.model.config, self.policy, slots, rows, self.bits)
+        drawn = longest if self.sampling.temperature else 0
+        return slots, rows, drawn, replace(self.sampling, seed=0), self.policy, self.bits, self.eos_ids
+
+    def _cache_for(self, kind: tuple[Any, ...], longest: int) -> tuple[AnyCache, DecodeGraph | None, str | None]:
+        """A cache and its captured step, those that are kept if they are of this kind; or why there is no such step."""
+        if kept := self.kept.take(kind):
+            return *kept, None
+        slots, rows, *_ = kind
+        cache = make_cache(self.model.config, self.policy, slots, rows, self.bits)
+        return cache, *self._graph_for(cache, longest)
 
     def _graph_for(self, cache: AnyCache, longest: int) -> tuple[DecodeGraph | None, str | None]:
         """The captured decode step, or why there is none."""
@@ -365,6 +397,12 @@ class Engine:
             return list(request.slots)
         shared = iter(self.policy.layer_slots(request.slots, self.windows.count(None), len(request.ids)))
         return [next(shared) if window is None else window for window in self.windows]
+
+    @staticmethod
+    def _look_ahead(waiting: Waiting, incoming: Iterator[tuple[int, Request]]) -> None:
+        """Takes the request behind the one that is being read, which may have to be made first."""
+        if len(waiting) == 1:
+            waiting.extend(islice(incoming, 1))
 
     def _next_fits(
         self, waiting: Waiting, incoming: Iterator[tuple[int, Request]], cache: AnyCache, longest: int

@@ -70,7 +70,7 @@ class DecodeGraph:
         penalized = sampling.repetition_penalty != 1
         self.written = torch.zeros((rows, vocabulary), dtype=torch.bool, device=device) if penalized else None
         self.report = torch.full((rows,), RESTS, dtype=torch.int64, device=device)
-        self.spare = [torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(3)]
+        self.spare = [torch.empty(rows, dtype=torch.int64).pin_memory() for _ in range(3)]
         self.under_way: deque[Launch] = deque()
         for layer in cache.layers:
             layer.store.active = self.active

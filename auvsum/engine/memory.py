@@ -77,13 +77,19 @@ def cache_shape(model: Any) -> CacheShape:
 
 
 def rows_that_fit(
-    model: Any, policy: Policy, requests: Sequence[Request], chunk: int | None = None, bits: int = 16
+    model: Any,
+    policy: Policy,
+    requests: Sequence[Request],
+    chunk: int | None = None,
+    bits: int = 16,
+    kept_bytes: int = 0,
 ) -> int:
     """How many documents the free memory holds together, beside the reading of the longest prompt; at least one.
 
     Args:
         chunk: tokens read at a time; None reads a prompt in one pass.
         bits: of a stored key or value.
+        kept_bytes: of a cache that makes room if it is not used again.
     """
     if not requests:
         return 1
@@ -103,7 +109,7 @@ def rows_that_fit(
     if policy.by_head:  # which holds all of a prompt until it has chosen
         prompt_bytes += max(len(request.ids) for request in requests) * shape.token_bytes
     kind = model.device.type
-    free = free_over(devices_of(model))
+    free = free_over(devices_of(model)) + kept_bytes
     if kind == "cpu":
         # Weights that are mapped from their file count as available to the kernel, and are needed all the same.
         free -= sum(parameter.nbytes for parameter in model.parameters())

@@ -7,7 +7,7 @@ touches the network unless asked to (`download=True`), and no code that comes wi
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from auvsum.budget import CacheShape
 from auvsum.engine import checkpoint, fetch, hardware, registry
 from auvsum.engine.catalogue import ModelInfo, listing
 from auvsum.engine.convert_pickle import converted
+from auvsum.engine.kept import Kept
 from auvsum.engine.locate import find, is_path, locate
 from auvsum.engine.registry import DEFAULT_MODEL
 from auvsum.engine.staging import Progress, silent
@@ -48,6 +49,7 @@ class LoadedModel:
         eos_ids: every token that ends its text.
         device: of its input. devices: all that its layers are on.
         weights: `bf16` where they are as `dtype` says, or `int8`.
+        kept: what one run of the engine leaves to the next.
     """
 
     name: str
@@ -62,6 +64,7 @@ class LoadedModel:
     load_seconds: float
     devices: tuple[torch.device, ...] = ()
     weights: str = "bf16"
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
 
     @property
     def runs_on(self) -> str:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: With more rows than this, unpacking the weights for a product in full precision is quicker (benchmarks/bench_cpu.py).
-_MOST_ROWS = 32
+#: With more rows than this, unpacking the weights for a product in full precision is as quick (docs/LOG.md).
+_MOST_ROWS = 16
+#: Output channels that are unpacked at a time: a whole output head would be tens of MB of fresh memory each time.
+_UNPACKED = 4096
 
 
 class Int8Linear(nn.Module):
@@ -63,7 +65,8 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
         out = torch._weight_int8pack_mm(x, weight, scale)
     else:
         # The scale is applied to the product: int8 is exact in the activations' type, the scaled weight would not be.
-        out = functional.linear(x, weight.to(x.dtype)).mul_(scale)
+        parts = [functional.linear(x, part.to(x.dtype)) for part in torch.split(weight, _UNPACKED)]
+        out = (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).mul_(scale)
     return out if bias is None else out.add_(bias)
 
 

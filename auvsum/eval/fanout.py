@@ -100,12 +100,13 @@ class _FanLayer(UncountedLayer):
 class _Shared(ChunkAttention):
     """Remembers the column sums that one policy or row has asked for: the next that asks for them gets a copy."""
 
-    known: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
+    known: list[tuple[Tensor | None, float, Tensor]] = field(default_factory=list)
 
-    def column_sums(self, weights: Tensor | None = None) -> Tensor:
-        for asked, total in self.known:
-            if weights is asked or (weights is not None and asked is not None and torch.equal(weights, asked)):
+    def column_sums(self, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
+        for asked, exponent, total in self.known:
+            same = weights is asked or (weights is not None and asked is not None and torch.equal(weights, asked))
+            if same and exponent == power:
                 return total.clone()
-        total = super().column_sums(weights)
-        self.known.append((weights, total))
+        total = super().column_sums(weights, power)
+        self.known.append((weights, power, total))
         return total.clone()

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from auvsum.cache.heads import HeadsCache, Look, second_look
+from auvsum.cache.policies.auv import AUV
+from auvsum.cache.policies.auv_v4 import AuvV4
 from auvsum.cache.policy import Policy, make_policy
 from auvsum.engine.generate import make_cache
 from auvsum.errors import GenerationFailed
 from auvsum.eval.fanout import FanOut
+
+_Key = tuple[Policy, str, int]
 
 #: Steps between two looks at whether everything is written; looking makes a GPU wait.
 _LOOK = 8
@@ -115,26 +119,26 @@ class _Batch:
         self.model, self.prompts, self.starts, self.max_new_tokens = model, prompts, starts, max_new_tokens
         self.device, self.spans = next(model.parameters()).device, spans
         full = Start(make_policy("full"), max(len(prompt) for prompt in prompts) + max_new_tokens)
-        first = (full.policy, "full", 16)
-        members: dict[tuple[Policy, str, int], list[_Row]] = {first: []}
-        sizes: dict[tuple[Policy, str, int], list[int | tuple[int, ...]]] = {first: [full.slots]}
-        for document in range(len(prompts)):
-            members[first].append(_Row(document, None, False))
-            for number, start in enumerate(starts[document]):
-                key = (start.policy, start.group, start.bits)
-                members.setdefault(key, []).extend(
-                    _Row(document, number, kind) for kind, wanted in ((True, forced), (False, free)) if wanted
-                )
-                sizes.setdefault(key, []).append(start.slots)
+        members: dict[_Key, list[_Row]] = {
+            (full.policy, "full", 16): [_Row(d, None, False) for d in range(len(prompts))]
+        }
+        sizes: dict[_Key, list[list[int]]] = {(full.policy, "full", 16): [self._per_layer(full, 0)]}
+        for kind in [kind for kind, wanted in ((True, forced), (False, free)) if wanted]:
+            for document, asked in enumerate(starts):
+                for number, start in enumerate(asked):
+                    key = (_by_another_name(start.policy), start.group, start.bits)
+                    members.setdefault(key, []).append(_Row(document, number, kind))
+                    sizes.setdefault(key, []).append(self._per_layer(start, document))
+        #: Forced and free rows start alike: only the first half of a cache's rows reads, the second is copied from it.
+        self.twice = forced and free
         self.caches = [
-            make_cache(model.config, policy, _largest(sizes[policy, group, bits]), len(rows), bits)
-            for (policy, group, bits), rows in members.items()
-            if rows
+            make_cache(model.config, key[0], [max(layer) for layer in zip(*sizes[key], strict=True)], len(rows), key[2])
+            for key, rows in members.items()
         ]
         for layer in (layer for one in self.caches if isinstance(one, HeadsCache) for layer in one.layers):
             layer.keeps_unpacked = True  # what is measured here is quality
         self.rows: list[_Row] = []
-        for cache, rows in enumerate(rows for rows in members.values() if rows):
+        for cache, rows in enumerate(members.values()):
             for place, row in enumerate(rows):
                 row.cache, row.row = cache, place
                 self.rows.append(row)
@@ -171,18 +175,34 @@ class _Batch:
         groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for number, row in enumerate(self.rows):
             groups.setdefault((row.document, tuple(self._prompt(row))), []).append(number)
-        for row in self.rows:  # all rows are declared before the first allocates a store
-            slots = None if row.start is None else self.starts[row.document][row.start].slots
-            self.caches[row.cache].begin(len(self._prompt(row)), row=row.row, slots=slots)
+            if self._reads(row):  # all rows are declared before the first allocates a store
+                slots = None if row.start is None else self.starts[row.document][row.start].slots
+                self.caches[row.cache].begin(len(self._prompt(row)), row=row.row, slots=slots)
         for (document, prompt), numbers in groups.items():
-            first[numbers] = self._read(prompt, numbers).argmax(-1)
-            self._settle(document, prompt, numbers, int(first[numbers[0]]))
-        kept = [self._kept(row) for row in self.rows]
+            reading = [number for number in numbers if self._reads(self.rows[number])]
+            logits = self._read(prompt, reading)
+            first[numbers] = logits.argmax(-1)
+            self._settle(document, prompt, reading, int(logits.argmax(-1)))
+        kept = self._kept()
+        for number, cache in enumerate(self.caches):
+            if self.twice and number:
+                cache.copy_rows(cache.rows // 2)
         return torch.where(self.forced, first[self.leader], first), kept
+
+    def _reads(self, row: _Row) -> bool:
+        """Whether a row reads its prompt itself."""
+        return row.start is None or row.forced or not self.twice
+
+    def _per_layer(self, start: Start, document: int) -> list[int]:
+        """Slots of every layer."""
+        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        if not isinstance(start.slots, int):
+            return list(start.slots)
+        return start.policy.layer_slots(start.slots, layers, len(start.prompt or self.prompts[document]))
 
     def _settle(self, document: int, prompt: tuple[int, ...], numbers: list[int], token: int) -> None:
         """The second look of the rows whose policy takes one: once for all that ask the same, whatever the budget."""
-        looks: dict[tuple[float, int, int], Look | None] = {}
+        looks: dict[tuple[object, ...], Look | None] = {}
         for number in numbers:
             row = self.rows[number]
             cache = self.caches[row.cache]
@@ -212,15 +232,17 @@ class _Batch:
         own = None if row.start is None else self.starts[row.document][row.start].prompt
         return self.prompts[row.document] if own is None else own
 
-    def _kept(self, row: _Row) -> Tensor:
-        """The share of (layer, head) pairs that hold each token of the row's prompt."""
-        length = len(self._prompt(row))
-        counts = torch.zeros(length, dtype=torch.float32)
-        pairs = 0
-        for layer in self.caches[row.cache].layers:
-            counts += layer.kept(row.row, length)
-            pairs += layer.heads
-        return counts / pairs
+    def _kept(self) -> list[Tensor]:
+        """For each row the share of (layer, head) pairs that hold each token of its prompt."""
+        shares = []
+        for number, cache in enumerate(self.caches):
+            rows = cache.rows // 2 if self.twice and number else cache.rows
+            longest = max(len(self._prompt(row)) for row in self.rows if row.cache == number)
+            total = torch.zeros((rows, longest + 1), dtype=torch.float32, device=self.device)
+            for layer in cache.layers:
+                layer.add_kept(total)
+            shares.append((total / sum(layer.heads for layer in cache.layers)).cpu())
+        return [shares[row.cache][row.row % len(shares[row.cache]), : len(self._prompt(row))] for row in self.rows]
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -264,10 +286,6 @@ def _until(ids: list[int], eos_ids: frozenset[int]) -> tuple[tuple[int, ...], bo
     return tuple(ids[:at]), at is not None
 
 
-def _largest(sizes: Sequence[int | tuple[int, ...]]) -> int | list[int]:
-    """Slots that are enough for each of several documents."""
-    if all(isinstance(size, int) for size in sizes):
-        return max(size for size in sizes if isinstance(size, int))
-    count = next(len(size) for size in sizes if not isinstance(size, int))
-    layers = [[size] * count if isinstance(size, int) else list(size) for size in sizes]
-    return [max(layer) for layer in zip(*layers, strict=True)]
+def _by_another_name(policy: Policy) -> Policy:
+    """V4 is AUV with two options, and by that name the fused step of a GPU knows it."""
+    return AUV(top_k=policy.top_k, decay=policy.decay, reconstruct=False) if type(policy) is AuvV4 else policy

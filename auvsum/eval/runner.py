@@ -14,8 +14,9 @@ from typing import Any
 from auvsum._version import __version__
 from auvsum.cache.policy import Policy, make_policy
 from auvsum.engine.generate import Engine, Request
+from auvsum.engine.memory import free_bytes, is_out_of_memory, release_memory
 from auvsum.engine.models import LoadedModel, load
-from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentError
+from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentError, GenerationFailed
 from auvsum.eval.cells import FIRST_WORDS, Cell, cells, resolved, shade, tenths
 from auvsum.eval.config import THROUGHPUT, EvalConfig
 from auvsum.eval.datasets import Example
@@ -25,6 +26,10 @@ from auvsum.eval.runs import ENV, Run
 from auvsum.eval.tasks import task_of
 from auvsum.eval.texts import arrange, first_words, lexrank
 from auvsum.events import Finished
+
+#: On a GPU: the part of the free memory that is planned with, what a row needs beside its slots' keys and values, and
+#: the most documents together.
+_PLANNED, _ROW_OVERHEAD, _MOST_DOCUMENTS = 0.8, 1.5, 32
 
 #: Documents whose text is kept with the run, for the page of `auvsum report`.
 _SHOWN = 3
@@ -49,7 +54,7 @@ class Runner:
     """Measures one configuration with a loaded model.
 
     Args:
-        batch_size: documents read and written together.
+        batch_size: documents read and written together; None takes one on a CPU, and on a GPU as many as fit.
         progress: hears a line a document.
     """
 
@@ -59,7 +64,7 @@ class Runner:
         loaded: LoadedModel,
         examples: list[Example],
         *,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         progress: Progress = lambda _: None,
     ) -> None:
         self.config, self.loaded, self.batch_size, self.progress = config, loaded, batch_size, progress
@@ -96,8 +101,24 @@ class Runner:
             self.progress(f"{count}/{len(self.examples)} {sample['id']}: {what}, {sample['seconds']:.1f} s")
 
     def _by_batches(self, waiting: list[Example]) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(waiting), self.batch_size):
-            yield from self._measure(waiting[start : start + self.batch_size])
+        while waiting:
+            size = self.batch_size or self._fitting(waiting)
+            yield from self._measure(waiting[:size])
+            waiting = waiting[size:]
+
+    def _fitting(self, waiting: list[Example]) -> int:
+        """How many of the next documents the free memory holds together with all their rows; at least one."""
+        if self.loaded.device.type == "cpu":
+            return 1
+        free, vocabulary = _PLANNED * free_bytes(self.loaded.device), self.loaded.model.config.vocab_size
+        for count, example in enumerate(waiting[:_MOST_DOCUMENTS]):
+            starts = [start for start, _, _ in self._prepare(example).starts.values()]
+            # A row takes its cache, where all have the slots of the largest, and its logits in three types.
+            slots = max((_mean(start.slots) for start in starts), default=0)
+            free -= 2 * len(starts) * (slots * self._token_bytes * _ROW_OVERHEAD + 14 * vocabulary)
+            if free < 0:
+                return max(1, count)
+        return min(len(waiting), _MOST_DOCUMENTS)
 
     def _by_processes(self, waiting: list[Example], jobs: int) -> Iterator[dict[str, Any]]:
         """Documents as they are done, in any order: what a run holds is looked up by id."""
@@ -120,7 +141,7 @@ class Runner:
             "device": f"{device} ({name})",
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size or "auto",
             "model": self.loaded.name,
             "setting": self.prompter.setting,
             "shots": self.shot_ids,
@@ -135,14 +156,24 @@ class Runner:
         work = [self._prepare(example) for example in examples]
         ready = [item for item in work if item.error is None]
         written: dict[str, tuple[Written, list[Written]]] = {}
+        failed: AuvsumError | None = None
+        parts = len(ready)  # to find out which one it was
         try:
             written = self._write(ready)
         except DocumentError as error:
-            if len(ready) > 1:  # find out which one it was
-                for example in examples:
-                    yield from self._measure([example])
+            failed = error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed, parts = GenerationFailed("the document does not fit the memory", "measure fewer rows"), 2
+        if failed is not None:
+            release_memory(self.loaded.device)
+            if len(ready) > 1:
+                size = -(-len(examples) // parts)
+                for start in range(0, len(examples), size):
+                    yield from self._measure(examples[start : start + size])
                 return
-            ready[0].error = error
+            ready[0].error = failed
         seconds = (time.perf_counter() - begun) / len(work)
         for item in work:
             yield self._sample(item, written.get(item.example.id), round(seconds, 3))
@@ -171,13 +202,20 @@ class Runner:
                 prompt = self.prompter.truncated(asked, budget.slots)
                 slots = len(prompt.ids) + self.prompter.max_new_tokens
                 size = len(prompt.ids) * self.loaded.shape.token_bytes
-                work.starts[cell.name] = (Start(cell.policy, slots, prompt.ids, cell.name), len(prompt.ids), size)
+                work.starts[cell.name] = (
+                    Start(cell.policy, slots, prompt.ids, self._group(cell)),
+                    len(prompt.ids),
+                    size,
+                )
             else:
-                # On a CPU rows of unequal size cost what the largest costs; on a GPU every cache costs launches.
-                group = cell.name if self.loaded.device.type == "cpu" else f"{cell.kv_bits}"
-                start = Start(cell.policy, budget.slots, None, group, cell.kv_bits)
+                start = Start(cell.policy, budget.slots, None, self._group(cell), cell.kv_bits)
                 work.starts[cell.name] = (start, budget.slots, budget.bytes)
         return work
+
+    def _group(self, cell: Cell) -> str:
+        """Rows of which cells share a cache. On a CPU rows of unequal size cost what the largest costs; on a GPU every
+        cache costs launches."""
+        return cell.name if self.loaded.device.type == "cpu" else cell.kind
 
     def _write(self, work: list[_Work]) -> dict[str, tuple[Written, list[Written]]]:
         if not work:
@@ -286,6 +324,10 @@ class Runner:
         return self.loaded.shape.token_bytes
 
 
+def _mean(slots: int | tuple[int, ...]) -> float:
+    return slots if isinstance(slots, int) else sum(slots) / len(slots)
+
+
 _worker: dict[str, Any] = {}
 
 
@@ -301,10 +343,11 @@ def _measure_one(id: str) -> dict[str, Any]:
 
 
 def select(config: EvalConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """The in-context examples and the documents to measure: the whole set, or `limit` of it drawn with the seed."""
+    """The in-context examples and the documents to measure: the whole half, or `limit` of it drawn with the seed."""
     shots = choose_shots(examples, config.seed) if config.shots else []
     taken = {shot.id for shot in shots}
-    rest = [example for example in examples if example.id not in taken]
+    first, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[config.half]
+    rest = [example for example in examples[first::step] if example.id not in taken]
     limit = config.limit or task_of(config.dataset).limit
     if limit is not None and limit < len(rest):
         chosen = set(random.Random(config.seed).sample(range(len(rest)), limit))

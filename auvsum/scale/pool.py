@@ -1,4 +1,4 @@
-"""Deals documents out to workers, as many as each has room for, and hands on what they make, in order.
+"""Deals documents out to workers, as many as each wants, and hands on what they make, in order.
 
     with Pool(Processes(settings, ["cuda:0", "cuda:1"]), settings) as pool:
         for result in pool.run(documents):
@@ -21,7 +21,7 @@ from auvsum.batch import Failure
 from auvsum.config import Settings
 from auvsum.errors import GenerationFailed
 from auvsum.events import DocumentDone, DocumentFailed, Event, Warned
-from auvsum.scale.worker import Broken, Died, Message, Ready, Result, Told, Written
+from auvsum.scale.worker import Broken, Died, Message, Ready, Result, Told, Wants, Written
 from auvsum.text.readers import Document
 
 #: In order, at most so many results a place in the workers wait for one that takes long.
@@ -43,17 +43,26 @@ class Crew(Protocol):
 
 @dataclass
 class _Worker:
-    """What a worker is doing, as seen from here. `size` is 0 while it loads its model."""
+    """What a worker is doing, as seen from here. `size` is 0 while it loads its model.
+
+    Attributes:
+        wants: documents that it has asked for and not been given.
+    """
 
     size: int = 0
+    wants: int = 0
     has: dict[int, Document] = field(default_factory=dict)
     #: Whether it has a document that is to be alone.
     alone: bool = False
 
     @property
     def room(self) -> int:
-        """Documents that may be given to it: one more than it writes together, so that it never waits."""
-        return 0 if self.alone or not self.size else max(0, self.size + 1 - len(self.has))
+        """Documents that may be given to it."""
+        return 0 if self.alone else max(0, self.wants)
+
+    def ready(self, message: Ready) -> None:
+        """It has its model, and nothing to do."""
+        self.size = self.wants = message.size
 
 
 class Pool:
@@ -89,7 +98,7 @@ class Pool:
                 if isinstance(message, Broken):
                     raise message.error
                 if isinstance(message, Ready):
-                    self._workers[worker].size = message.size
+                    self._workers[worker].ready(message)
                     took = took or time.monotonic() - begun
                     first = first or message
                 elif isinstance(message, Told) and on_event is not None:
@@ -203,6 +212,7 @@ class _Work:
 
     def _give(self, number: int, index: int, document: Document) -> None:
         self._workers[number].has[index] = document
+        self._workers[number].wants -= 1
         self._crew.give(number, index, document)
 
     def _take(self, number: int, message: Message) -> Iterator[tuple[int, Written | Failure]]:
@@ -211,7 +221,9 @@ class _Work:
         if isinstance(message, Broken):
             raise message.error
         if isinstance(message, Ready):
-            worker.size = message.size
+            worker.ready(message)
+        elif isinstance(message, Wants):
+            worker.wants += message.number
         elif isinstance(message, Told):
             for event in message.events:
                 self._hear(event)
@@ -224,7 +236,7 @@ class _Work:
 
     def _bury(self, worker: _Worker, name: str, message: Died) -> Iterator[tuple[int, Failure]]:
         """A worker died: what it had is done again, or has failed."""
-        lost, worker.has, worker.size, worker.alone = worker.has, {}, 0, False
+        lost, worker.has, worker.size, worker.wants, worker.alone = worker.has, {}, 0, 0, False
         names = ", ".join(document.id for document in list(lost.values())[:3]) + (", ..." if len(lost) > 3 else "")
         self._hear(Warned(f"the worker on {name} {message.why}" + (f"; it had {names}" if lost else "")))
         for index, document in lost.items():

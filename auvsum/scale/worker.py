@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds to wait for one more document before those that are being written are finished without it.
 _PATIENCE = 0.1
+#: Documents that lie ready for the next free row: no more, because another worker could have begun them.
+_AHEAD = 1
 #: Tokens are told together, this many seconds of them at a time: the panel draws four times a second.
 _TELL = 0.1
 
@@ -47,6 +49,13 @@ class Ready:
     size: int
     name: str
     load_seconds: float
+
+
+@dataclass(frozen=True)
+class Wants:
+    """There is use for so many documents more; what `Ready` says is wanted first."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Died:
     why: str
 
 
-Message = Ready | Told | Result | Broken | Died
+Message = Ready | Wants | Told | Result | Broken | Died
 Inbox = queue.Queue[tuple[int, Document]]
 Send = Callable[[Message], None]
 Load = Callable[[Settings], "Summarizer"]
@@ -99,8 +108,9 @@ def work(load: Load, settings: Settings, inbox: Inbox, send: Send) -> None:
         loaded = summarizer.loaded
         size = summarizer.batch_size or _most(loaded)
         send(Ready(size, loaded.name, loaded.load_seconds))
+        supply = _Supply(inbox, size, send)
         while True:
-            _write(summarizer, _Portion(inbox, size), send)
+            _write(summarizer, _Portion(supply, size), send)
     except AuvsumError as error:
         send(Broken(error))
     except Exception as error:
@@ -114,35 +124,71 @@ def _most(loaded: LoadedModel) -> int:
     return MOST_ROWS[loaded.device.type]
 
 
+class _Supply:
+    """The inbox of a worker, which asks for what comes there.
+
+    Args:
+        asked: documents that have been asked for already.
+    """
+
+    def __init__(self, inbox: Inbox, asked: int, send: Send) -> None:
+        self._inbox = inbox
+        self._send = send
+        #: Asked for and not taken yet, whether they have come or not.
+        self._owed = asked
+
+    def want(self, number: int) -> None:
+        """Sees to it that so many are here or on their way."""
+        if number > self._owed:
+            self._send(Wants(number - self._owed))
+            self._owed = number
+
+    def take(self) -> tuple[int, Document]:
+        """The next document, however long it takes to come."""
+        taken = self._inbox.get()
+        self._owed -= 1
+        return taken
+
+    def another(self) -> tuple[int, Document] | None:
+        """The next document if it comes soon."""
+        try:
+            taken = self._inbox.get(timeout=_PATIENCE)
+        except queue.Empty:
+            return None
+        self._owed -= 1
+        return taken
+
+
 class _Portion:
     """Documents for one run of the engine: it ends when no more come, so that none waits for those to come.
 
-    One that starts with fewer than are written together is only those: the engine makes its batch at the start.
+    One that starts with fewer than are written together is only those: the engine makes its batch at the start. Others
+    gather meanwhile for the next. One that starts with as many goes on with a document for each that is finished; they
+    are asked for one by one, so that workers who are fed from one queue finish it together.
     """
 
-    def __init__(self, inbox: Inbox, size: int) -> None:
-        self._inbox = inbox
+    def __init__(self, supply: _Supply, size: int) -> None:
+        self._supply = supply
         self._size = size
         #: The pool's number of every document, by the engine's.
         self.indices: list[int] = []
 
     def __iter__(self) -> Iterator[Document]:
-        first = [self._inbox.get()]
-        while len(first) < self._size and (another := self._another()) is not None:
+        supply = self._supply
+        supply.want(self._size)
+        first = [supply.take()]
+        while len(first) < self._size and (another := supply.another()) is not None:
             first.append(another)
         full = len(first) == self._size
+        supply.want(_AHEAD if full else self._size)
         for index, document in first:
             self.indices.append(index)
             yield document
-        while full and (another := self._another()) is not None:
+        while full and (another := supply.another()) is not None:
+            supply.want(_AHEAD)
             self.indices.append(another[0])
             yield another[1]
-
-    def _another(self) -> tuple[int, Document] | None:
-        try:
-            return self._inbox.get(timeout=_PATIENCE)
-        except queue.Empty:
-            return None
+        supply.want(self._size)
 
 
 def _write(summarizer: Summarizer, portion: _Portion, send: Send) -> None:
@@ -188,4 +234,4 @@ def _written(summary: Summary) -> Written:
     return Written(summary.id, summary.source, summary.text, list(summary.warnings), summary.record())
 
 
-__all__ = ["Broken", "Died", "Inbox", "Load", "Message", "Ready", "Result", "Told", "Written", "load", "work"]
+__all__ = ["Broken", "Died", "Inbox", "Load", "Message", "Ready", "Result", "Told", "Wants", "Written", "load", "work"]

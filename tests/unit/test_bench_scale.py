@@ -32,5 +32,7 @@ def test_parts_for_gpus(tmp_path: Path) -> None:
     assert record["machine"]["cpu"]
     values = {row["what"]: row["value"] for row in record["rows"]}
     assert values["equal summaries, two workers and one engine"] == 12
+    assert values["equal summaries, tiny over two devices and on one"] == 8
     assert values["two workers against one"] > 0
+    assert [sum(row["by_device"].values()) for row in record["rows"][:2]] == [12, 12]
     assert sum("decode, batch" in what for what in values) == 2

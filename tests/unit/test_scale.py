@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import queue
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from auvsum.scale import cluster
 from auvsum.scale.placement import Placement, parse_devices
 from auvsum.scale.pool import Pool
 from auvsum.scale.processes import Processes
-from auvsum.scale.worker import Broken, Died, Message, Ready, Result, Written, load
+from auvsum.scale.worker import Broken, Died, Message, Ready, Result, Wants, Written, _Portion, _Supply, load
 from auvsum.summarize import Summarizer
 from auvsum.text.readers import Document
 from tests import checkpoints, scale_loaders
@@ -41,12 +42,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 class Crew:
-    """Workers of two places each that finish what they have in the order that `chosen` names."""
+    """Workers of two places each that finish what they have, and are given no more than they want."""
 
     def __init__(self, workers: int, last_first: bool = False, deadly: str = "") -> None:
         self.names = [f"w{number}" for number in range(workers)]
         self.given: dict[int, dict[int, Document]] = {number: {} for number in range(workers)}
-        self.most = 0
+        self.wants = [2] * workers
         self.together: list[set[str]] = []
         self.said: list[tuple[int, Message]] = [(number, Ready(2, "m", 0.1)) for number in range(workers)]
         self.last_first = last_first
@@ -55,7 +56,8 @@ class Crew:
 
     def give(self, worker: int, index: int, document: Document) -> None:
         self.given[worker][index] = document
-        self.most = max(self.most, len(self.given[worker]))
+        self.wants[worker] -= 1
+        assert self.wants[worker] >= 0
 
     def hear(self) -> Iterable[tuple[int, Message]]:
         said, self.said = self.said, []
@@ -65,11 +67,13 @@ class Crew:
             self.together.append({document.id for document in has.values()})
             if self.deadly and any(document.id == self.deadly for document in has.values()):
                 has.clear()
+                self.wants[number] = 2
                 said += [(number, Died("died")), (number, Ready(2, "m", 0.1))]
             else:
                 index = (max if self.last_first else min)(has)
                 done = has.pop(index)
-                said.append((number, Result(index, Written(done.id, done.source, done.text, [], {}))))
+                self.wants[number] += 1
+                said += [(number, Result(index, Written(done.id, done.source, done.text, [], {}))), (number, Wants(1))]
         return said
 
     def close(self) -> None:
@@ -109,14 +113,12 @@ def test_documents_are_taken_when_there_is_room() -> None:
             taken += 1
             yield each
 
-    crew = Crew(2)
-    pool = Pool(crew, Settings())
+    pool = Pool(Crew(2), Settings())
     pool.start()
     results = pool.run(documents())
     for number in range(20):
         next(results)
         assert taken <= number + 1 + 2 * 2 * (2 + 1), "documents were read that nobody has room for"
-    assert crew.most == 3
 
 
 def test_one_slow_document_does_not_gather_all_others() -> None:
@@ -172,6 +174,48 @@ def test_failures_pass_through_and_a_defect_ends_the_run() -> None:
     with pytest.raises(DeviceError, match="gone"):
         list(pool.run(of(3)))
     assert crew.closed
+
+
+# -- a worker's end ---------------------------------------------------------------------------------------------------
+
+
+def desk(size: int, documents: int) -> tuple[_Supply, list[int], queue.Queue[tuple[int, Document]]]:
+    """A worker's supply with so many documents in its inbox, and what it asked for since."""
+    asked: list[int] = []
+
+    def send(message: Message) -> None:
+        assert isinstance(message, Wants)
+        asked.append(message.number)
+
+    inbox: queue.Queue[tuple[int, Document]] = queue.Queue()
+    for number, each in enumerate(of(documents)):
+        inbox.put((number, each))
+    return _Supply(inbox, size, send), asked, inbox
+
+
+def test_a_full_portion_asks_for_one_document_at_a_time() -> None:
+    supply, asked, inbox = desk(3, 5)
+    portion = _Portion(supply, 3)
+    taken = iter(portion)
+    assert [next(taken).id for _ in range(3)] == ["0", "1", "2"]
+    assert asked == [1], "one to lie ready"
+    assert next(taken).id == "3"
+    assert asked == [1, 1]
+    assert [document.id for document in taken] == ["4"]
+    assert asked == [1, 1, 1, 2], "the portion has ended: for the next one a whole batch may gather"
+    assert portion.indices == [0, 1, 2, 3, 4]
+    inbox.put((7, document("7")))
+    assert [document.id for document in _Portion(supply, 3)] == ["7"]
+
+
+def test_a_portion_that_starts_short_is_only_that() -> None:
+    supply, asked, inbox = desk(3, 2)
+    taken = iter(_Portion(supply, 3))
+    assert next(taken).id == "0"
+    assert asked == [2], "others gather for the next portion"
+    inbox.put((2, document("2")))
+    assert [document.id for document in taken] == ["1"]
+    assert asked == [2]
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

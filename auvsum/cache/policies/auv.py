@@ -101,26 +101,31 @@ class AUV(SlotPolicy):
         aggregate_step(store, probabilities)
         count_usage(store, probabilities, store.capacity // 3, self.top_k)
         store.pointer += store.active
-        for row in (store.pointer == store.capacity).nonzero()[:, 0].tolist():
-            self._evict(store, row)
+        full = (store.pointer == store.capacity).nonzero()[:, 0]
+        if len(full):
+            capacities = store.capacity[full]
+            for capacity in sorted(set(capacities.tolist())):
+                self._evict(store, full[capacities == capacity], capacity // 3)
 
-    def _evict(self, store: SlotStore, row: int) -> None:
-        """Eqs. 5 to 8: the L least of the candidate region go, the write region takes their slots."""
-        local = int(store.capacity[row]) // 3
+    def _evict(self, store: SlotStore, rows: Tensor, local: int) -> None:
+        """Eqs. 5 to 8: the L least of the candidate region go, the write region takes their slots.
+
+        Args:
+            rows: int64 `[N]`; the layers that keep their books together are rows of one store. local: their L.
+        """
         candidates = slice(0, 2 * local)
-        aas, _, usage = (store.state[name][row] for name in self.state)
-        scores = aas[:, candidates]
-        composite = usage[:, candidates] * scores.amax(-1, keepdim=True) + scores
-        victims = ascending(composite, store.positions[row, :, candidates])[:, :local]
+        scores, usage = (store.state[name][rows, :, candidates] for name in ("aas", "usage"))
+        composite = usage * scores.amax(-1, keepdim=True) + scores
+        victims = ascending(composite, store.positions[rows, :, candidates])[..., :local]
         if self.reconstruct:
-            heads = torch.arange(victims.shape[0], device=victims.device)[:, None]
-            key, value = (store.codec.decode(memory, row)[heads, victims] for memory in (store.keys, store.values))
-            store.fold(row, key, value, aas.gather(-1, victims))
-        written = torch.arange(2 * local, 3 * local, device=victims.device).expand_as(victims)
-        store.move(row, written, victims)
-        held = usage[:, candidates]
-        held.sub_(held.amin(-1, keepdim=True)).mul_(self.decay)
-        store.pointer[row] = 2 * local
+            where = (rows[:, None, None], torch.arange(victims.shape[1], device=rows.device)[:, None], victims)
+            key, value = (store.codec.decode(memory, where) for memory in (store.keys, store.values))
+            store.fold(rows, key, value, scores.gather(-1, victims))
+        written = torch.arange(2 * local, 3 * local, device=rows.device).expand_as(victims)
+        store.move(rows, written, victims)
+        held = store.state["usage"][rows, :, candidates]
+        store.state["usage"][rows, :, candidates] = held.sub_(held.amin(-1, keepdim=True)).mul_(self.decay)
+        store.pointer[rows] = 2 * local
 
 
 POLICY = AUV

@@ -1,0 +1,207 @@
+"""Memory in which every KV head of every row has its own number of slots, and what its layers share while they write.
+
+`Slots` is one layer's memory for all rows that write: their candidates lie one after the other, with no room between
+them, and a step reads them padded to the longest head. `Writing` is the host's knowledge of the write regions: it plans
+a step once for all layers, so that nothing is asked of the device.
+
+Shapes: M rows that write, G KV heads, D head size, N slots of a layer over its rows and heads, V tokens of the rows'
+write regions together, T tokens that arrive (one in decoding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Slots:
+    """The candidates and write regions of M rows in one layer: row after row, in a row head after head.
+
+    Attributes:
+        keys, values: as the codec keeps them, first dimension N. positions: int32 `[N]`.
+        aas: attention paid to each, summed, fp32 `[N]`. starts: where each head's begin, and N: int64 `[M * G + 1]`.
+        write_key, write_value: the rows' write regions, `[V, G, D]`. write_aas: fp32 `[V, G]`.
+        sizes, longest, room: for each row its candidates, the most of a head, and how many there may be.
+        widths: tokens of each row's write region, V together.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    positions: Tensor
+    aas: Tensor
+    starts: Tensor
+    write_key: Tensor
+    write_value: Tensor
+    write_aas: Tensor
+    sizes: list[int]
+    longest: list[int]
+    room: list[int]
+    widths: list[int]
+    unpacked: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def groups(self) -> int:
+        """KV heads."""
+        return self.write_aas.shape[1]
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First candidate and end of each row."""
+        ends = list(accumulate(self.sizes))
+        return [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+    def row_bytes(self, row: int) -> int:
+        """A row's part of the memory."""
+        slot = sum(x.nbytes for x in (*self.keys, *self.values, self.positions, self.aas)) // self.positions.shape[0]
+        write = sum(x.nbytes for x in (self.write_key, self.write_value, self.write_aas)) // self.write_aas.shape[0]
+        return slot * self.sizes[row] + write * self.widths[row] + self.starts.element_size() * (self.groups + 1)
+
+    def cut(self, row: int) -> Slots:
+        """One row of it, in the same memory."""
+        start, end = self.bounds()[row]
+        first, groups = sum(self.widths[:row]), self.groups
+        written = slice(first, first + self.widths[row])
+        return Slots(
+            keys=[x[start:end] for x in self.keys],
+            values=[x[start:end] for x in self.values],
+            positions=self.positions[start:end],
+            aas=self.aas[start:end],
+            starts=self.starts[row * groups : (row + 1) * groups + 1] - start,
+            write_key=self.write_key[written],
+            write_value=self.write_value[written],
+            write_aas=self.write_aas[written],
+            sizes=[self.sizes[row]],
+            longest=[self.longest[row]],
+            room=[self.room[row]],
+            widths=[self.widths[row]],
+        )
+
+    @staticmethod
+    def join(rows: Sequence[Slots]) -> Slots:
+        """Several rows in new memory."""
+        before = accumulate((row.sizes[0] for row in rows), initial=0)
+        starts = [row.starts[:-1] + size for row, size in zip(rows, before, strict=False)]
+        starts.append(starts[0].new_full((1,), sum(row.sizes[0] for row in rows)))
+        return Slots(
+            keys=[torch.cat(parts) for parts in zip(*(row.keys for row in rows), strict=True)],
+            values=[torch.cat(parts) for parts in zip(*(row.values for row in rows), strict=True)],
+            positions=torch.cat([row.positions for row in rows]),
+            aas=torch.cat([row.aas for row in rows]),
+            starts=torch.cat(starts),
+            write_key=torch.cat([row.write_key for row in rows]),
+            write_value=torch.cat([row.write_value for row in rows]),
+            write_aas=torch.cat([row.write_aas for row in rows]),
+            sizes=[row.sizes[0] for row in rows],
+            longest=[row.longest[0] for row in rows],
+            room=[row.room[0] for row in rows],
+            widths=[row.widths[0] for row in rows],
+        )
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Which slots each head has, as `[M, G, longest]` indices, and which of them are only padding."""
+        begin = self.starts[:-1].view(-1, self.groups, 1)
+        steps = torch.arange(max(self.longest), device=begin.device)
+        index = (begin + steps).clamp_(max=self.positions.shape[0] - 1)
+        return index, steps >= self.starts.diff().view_as(begin)
+
+
+class Writing:
+    """What all layers share: how far each row has written. A step is planned before its first layer.
+
+    Attributes (one number a row):
+        width: tokens of its write region; 0 while the row has not been settled. written: tokens in it.
+        first: position of the region's first token. since: tokens written since the prompt was settled.
+        active: whether the row takes part.
+
+    Attributes (of the step, for the rows that take part):
+        at: where the arriving tokens go in `[V]`. region: what a row has written, `[M, longest]`. Slices for one row.
+        later: bool `[M, T, longest]`, what a token must not see; None where there is nothing of the kind.
+        due: rows whose region is full then, by their number among those that take part, and how many tokens leave it.
+        flush: the tokens that leave, as indices into `[V]`; flush_rows, flush_positions: whose and which they are.
+        shift: where what stays is found, `[V]`; emptied: what then is free. reach: `[3, M]`, prompt length, tokens
+            written since then, and all tokens.
+    """
+
+    at: slice | Tensor
+    region: slice | Tensor
+    later: Tensor | None
+    flush: Tensor
+    flush_rows: Tensor
+    flush_positions: Tensor
+    shift: Tensor
+    emptied: Tensor
+    reach: Tensor
+
+    def __init__(self, rows: int) -> None:
+        self.width, self.written, self.first, self.since = ([0] * rows for _ in range(4))
+        self.active = [True] * rows
+        self.rows: list[int] = []
+        self.due: dict[int, int] = {}
+
+    def start(self, row: int, width: int, first: int) -> None:
+        """A settled row begins to write."""
+        self.width[row], self.first[row], self.written[row], self.since[row] = width, first, 0, 0
+
+    def copy_rows(self, count: int) -> None:
+        """The first rows again as the rows behind them."""
+        for numbers in (self.width, self.written, self.first, self.since):
+            numbers[count : 2 * count] = numbers[:count]
+        self.active[count : 2 * count] = self.active[:count]
+
+    def taking_part(self) -> list[int]:
+        """Rows that have something to write."""
+        return [row for row, width in enumerate(self.width) if width and self.active[row]]
+
+    def plan(self, rows: list[int], tokens: int, device: torch.device) -> None:
+        """These rows take so many tokens each."""
+        self.rows = rows
+        begins = list(accumulate((self.width[row] for row in rows), initial=0))
+        before = [self.written[row] for row in rows]
+        longest = max(before) + tokens
+        if len(rows) == 1:
+            self.at, self.region = slice(before[0], longest), slice(0, longest)
+        else:
+            places = torch.tensor([begins[:-1], before], device=device)
+            steps = torch.arange(longest, device=device)
+            self.at = (places.sum(0)[:, None] + steps[:tokens]).view(-1)
+            self.region = (places[0][:, None] + steps).clamp_(max=begins[-1] - 1)
+        self.later = None
+        if len(rows) > 1 or tokens > 1:
+            last = torch.tensor(before, device=device)[:, None, None] + torch.arange(tokens, device=device)[:, None]
+            self.later = torch.arange(longest, device=device) > last
+        for row in rows:
+            self.written[row] += tokens
+            self.since[row] += tokens
+        full = [(number, row) for number, row in enumerate(rows) if self.written[row] == self.width[row]]
+        self.due = {number: self.written[row] - self.written[row] // 2 for number, row in full}
+        if self.due:
+            self._plan_flush(begins, device)
+
+    def _plan_flush(self, begins: list[int], device: torch.device) -> None:
+        flush: list[tuple[int, int, int]] = []
+        shift, emptied = list(range(begins[-1])), [False] * begins[-1]
+        for number, leaving in self.due.items():
+            row, begin = self.rows[number], begins[number]
+            flush += [(begin + i, number, self.first[row] + i) for i in range(leaving)]
+            rest = self.written[row] - leaving
+            shift[begin : begin + rest] = range(begin + leaving, begin + leaving + rest)
+            emptied[begin + rest : begins[number + 1]] = [True] * (self.width[row] - rest)
+        self.flush, self.flush_rows, positions = torch.tensor(flush, device=device).unbind(1)
+        self.flush_positions = positions.to(torch.int32)
+        self.shift, self.emptied = torch.tensor(shift, device=device), torch.tensor(emptied, device=device)
+        ends = [self.first[row] + self.written[row] for row in self.rows]
+        since = [self.since[row] for row in self.rows]
+        prompts = [end - count for end, count in zip(ends, since, strict=True)]
+        self.reach = torch.tensor([prompts, since, ends], device=device)
+
+    def finish(self) -> None:
+        """Behind the last layer: what was due has left the write regions."""
+        for number, leaving in self.due.items():
+            row = self.rows[number]
+            self.written[row] -= leaving
+            self.first[row] += leaving
+        self.due = {}
