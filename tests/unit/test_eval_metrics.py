@@ -164,11 +164,12 @@ def test_a_number_that_is_none_never_reaches_a_file(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(ValueError, match="JSON"):
         run.append({"nats": math.nan})
-    run.append({"id": "a"})
+    rest = {"sha256": "", "error": None, "rows": {}}
+    run.append({"id": "a", **rest})
     with (tmp_path / "samples.jsonl").open("a") as killed:
         killed.write('{"id": "b", "ro')
     assert [sample["id"] for sample in run.samples()] == ["a"]
-    run.append({"id": "c"})
+    run.append({"id": "c", **rest})
     assert [sample["id"] for sample in run.samples()] == ["a", "c"]
 
 
