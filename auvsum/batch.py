@@ -5,6 +5,7 @@ Imports nothing heavy: it runs whatever summarizer it is given.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 from auvsum._version import __version__
 from auvsum.config import Settings
 from auvsum.errors import AuvsumError, InternalError, ModelError, OutputError
-from auvsum.events import DocumentDone, DocumentFailed, Event, Finished, Notice, Text
+from auvsum.events import DocumentDone, DocumentEvent, DocumentFailed, Event, Failed, Finished, Notice, Text
+from auvsum.rounds import Piece, Rounds
 from auvsum.text.readers import Document
 
 if TYPE_CHECKING:
-    from auvsum.summarize import Plan, Summarizer, Summary, Writing
+    from auvsum.engine.generate import Request
+    from auvsum.summarize import Plan, Summarizer, Summary
+
+#: Documents whose next prompt needs another engine than the one that runs: beyond that many, no new ones are begun.
+_MOST_WAITING = 16
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,30 @@ def _single(summarizer: Summarizer, index: int, document: Document | Failure, he
     return summary
 
 
+@dataclass(eq=False)
+class _Begun:
+    """A document that has been planned, and the prompts of its current round."""
+
+    index: int
+    document: Document
+    rounds: Rounds
+    pieces: Iterator[Piece]
+    ahead: Piece | None = None
+    over: bool = False
+
+    def peek(self) -> Piece | None:
+        """The next prompt of the round, planned; None when there is none."""
+        if self.ahead is None:
+            self.ahead = next(self.pieces, None)
+        return self.ahead
+
+
 class _Together:
-    """Continuous batching: the engine asks for the next document when a row is free for it."""
+    """Continuous batching: the engine asks for the next prompt when a row is free for it.
+
+    That is the next one of the documents that have been begun (windows of map-reduce, or what their summaries are
+    reduced to), and only then a new document's.
+    """
 
     def __init__(
         self, summarizer: Summarizer, documents: Iterable[Document | Failure], size: int | None, hear: Listener
@@ -103,85 +131,125 @@ class _Together:
         self._hear = hear
         #: Measured once: what a run itself holds must not change the budgets of its later documents.
         self._free = summarizer.free_bytes()
-        #: The next document, planned, when it needs another engine than the one that runs.
-        self._next: tuple[int, Document, Plan] | None = None
+        #: Documents that have prompts to be read; those with an older document's next round come first.
+        self._begun: deque[_Begun] = deque()
         self._failed: list[tuple[int, Failure]] = []
         #: What the engine's requests are, by their index there.
-        self._flying: dict[int, tuple[int, Document, Writing]] = {}
+        self._flying: dict[int, tuple[_Begun, Piece]] = {}
 
     def results(self) -> Iterator[tuple[int, Summary | Failure]]:
         """Index and result of every document, in the order in which they end."""
-        while (upcoming := self._peek()) is not None:
-            if upcoming[2].passes == 1:
-                yield from self._engine_run(upcoming[2])
-            else:
-                self._next = None
-                yield upcoming[0], _single(self._summarizer, upcoming[0], upcoming[1], self._hear)
+        while (begun := self._next(None)) is not None:
+            assert begun.ahead is not None
+            yield from self._engine_run(begun.ahead.plan)
         yield from self._drain()
 
     def _engine_run(self, plan: Plan) -> Iterator[tuple[int, Summary | Failure]]:
-        """Writes documents as long as they are planned like this one."""
+        """Writes prompts as long as there are some that are planned like this one."""
         self._flying = {}
         engine = self._summarizer.engine(plan, self._size)
         try:
             for event in engine.run(self._requests(plan.engine_key)):
                 if isinstance(event, Notice):
                     self._hear(event)
-                    continue
-                index, document, writing = self._flying[event.request]
-                self._hear(replace(event, request=index))
-                try:
-                    piece = writing.hear(event)
-                except AuvsumError as error:
-                    del self._flying[event.request]
-                    yield index, failure(error, writing.summary.id, writing.summary.source, self._summarizer.settings)
                 else:
-                    if piece:
-                        self._hear(Text(index, piece))
-                    if isinstance(event, Finished):
-                        del self._flying[event.request]
-                        writing.summary.batch_size = engine.rows
-                        self._summarizer.finish(writing.summary, document.text, document.pages)
-                        yield index, writing.summary
+                    yield from self._heard(event, engine.rows)
                 yield from self._drain()
         except (ModelError, OutputError):
             raise
         except Exception:
             # One of those that were being written broke the engine, or all of them together its memory: each by itself.
-            for index, document, _ in self._flying.values():
-                yield index, _single(self._summarizer, index, document, self._hear)
+            broken = list(dict.fromkeys(begun for begun, _ in self._flying.values() if not begun.over))
+            self._begun = deque(begun for begun in self._begun if begun not in broken)
+            for begun in broken:
+                yield begun.index, _single(self._summarizer, begun.index, begun.document, self._hear)
         yield from self._drain()
 
-    def _requests(self, key: object) -> Iterator[Any]:
+    def _heard(self, event: DocumentEvent, rows: int) -> Iterator[tuple[int, Summary | Failure]]:
+        """Takes note of an event; yields the document that it completes."""
+        begun, piece = self._flying[event.request]
+        if isinstance(event, (Finished, Failed)):
+            del self._flying[event.request]
+        if begun.over:  # another of its windows failed
+            return
+        told = begun.rounds.told(piece, replace(event, request=begun.index))
+        if told is not None:
+            self._hear(told)
+        try:
+            text = begun.rounds.hear(piece, event, rows)
+        except AuvsumError as error:
+            yield begun.index, self._give_up(begun, error)
+            return
+        if text:
+            self._hear(Text(begun.index, text))
+        summary, document = begun.rounds.summary, begun.document
+        if summary is not None:
+            summary.warnings[:0] = document.warnings
+            self._summarizer.finish(summary, document.text, document.pages)
+            yield begun.index, summary
+        elif begun.rounds.due:
+            begun.pieces = begun.rounds.pieces()
+            self._begun.appendleft(begun)
+
+    def _give_up(self, begun: _Begun, error: Exception) -> Failure:
+        begun.over = True
+        if begun in self._begun:
+            self._begun.remove(begun)
+        return failure(error, begun.document.id, begun.document.source, self._summarizer.settings)
+
+    def _requests(self, key: object) -> Iterator[Request]:
         """The engine's requests, planned one at a time."""
         number = 0
-        while (upcoming := self._peek()) is not None and upcoming[2].engine_key == key:
-            from auvsum.summarize import Writing
-
-            index, document, plan = upcoming
-            self._next = None
-            writing = Writing(self._summarizer, plan, document.id, document.source)
-            writing.summary.warnings[:0] = document.warnings
-            self._flying[number] = (index, document, writing)
-            self._hear(writing.started(index))
-            yield writing.request
+        while (begun := self._next(key)) is not None:
+            piece, begun.ahead = begun.ahead, None
+            assert piece is not None
+            self._flying[number] = (begun, piece)
+            yield piece.request
             number += 1
 
-    def _peek(self) -> tuple[int, Document, Plan] | None:
-        """The next document that can be planned; those that cannot are put aside as failed."""
-        while self._next is None:
-            index, document = next(self._incoming, (0, None))
-            if document is None:
-                return None
+    def _next(self, key: object) -> _Begun | None:
+        """A document with a prompt `ahead` that is planned like `key` (None: like any).
+
+        A new document is begun when no other has one, unless too many wait for another engine.
+        """
+        others = 0
+        for begun in list(self._begun):
+            try:
+                piece = begun.peek()
+            except Exception as error:
+                self._failed.append((begun.index, self._give_up(begun, error)))
+                continue
+            if piece is None:
+                self._begun.remove(begun)
+            elif key in (None, piece.plan.engine_key):
+                return begun
+            else:
+                others += 1
+        if others > _MOST_WAITING or not self._begin():
+            return None
+        newest = self._begun[-1]
+        alike = newest.ahead is not None and key in (None, newest.ahead.plan.engine_key)
+        return newest if alike else None
+
+    def _begin(self) -> bool:
+        """Plans the next document and its first prompt; those that cannot be planned are put aside as failed."""
+        for index, document in self._incoming:
             if isinstance(document, Failure):
                 self._failed.append((index, document))
                 continue
             try:
-                self._next = index, document, self._summarizer.plan(document.text, free=self._free)
+                plan = self._summarizer.plan(document.text, free=self._free)
+                rounds = Rounds(self._summarizer, plan, document.id, document.source, free=self._free)
+                begun = _Begun(index, document, rounds, rounds.pieces())
+                begun.peek()
             except Exception as error:
                 failed = failure(error, document.id, document.source, self._summarizer.settings)
                 self._failed.append((index, failed))
-        return self._next
+                continue
+            self._begun.append(begun)
+            self._hear(rounds.started(index))
+            return True
+        return False
 
     def _drain(self) -> Iterator[tuple[int, Failure]]:
         failed, self._failed = self._failed, []

@@ -1,6 +1,6 @@
 """From a document to its summary: read this file first.
 
-    document -> prompt (token ids) -> plan (strategy, policy, budget in slots) -> engine (events) -> Summary
+    document -> prompt (token ids) -> plan (strategy, policy, budget in slots) -> rounds -> engine (events) -> Summary
 
 Text lives in this file and above; below it there are only token ids and tensors.
 """
@@ -8,10 +8,11 @@ Text lives in this file and above; below it there are only token ids and tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
-from auvsum import strategies
+from auvsum import rounds, strategies
 from auvsum._version import __version__
 from auvsum.budget import SENSIBLE_SLOTS, ResolvedBudget, parse_budget, resolve
 from auvsum.cache.policy import Policy, make_policy
@@ -23,10 +24,11 @@ from auvsum.engine.models import LoadedModel, load
 from auvsum.engine.parts import Part
 from auvsum.engine.sampling import Sampling
 from auvsum.errors import BudgetError, DocumentEmpty
-from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, Token
+from auvsum.events import Event, Failed, Finished, Notice, Prefilled, Token
 from auvsum.text.citations import Citations, cite
 from auvsum.text.prompts import Prompt, build_prompt, truncate_document
 from auvsum.text.styles import shaped
+from auvsum.text.windows import Window
 
 if TYPE_CHECKING:
     from auvsum.batch import Failure
@@ -40,9 +42,10 @@ class Plan:
 
     Attributes:
         document_tokens: of the whole document, before any truncation. cut_tokens: how many of them are not read.
-        strategy: `single`, `stream` or `map-reduce`: see `strategies.py`. The budget of `map-reduce` is a window's.
+        strategy: `single`, `stream` or `map-reduce` (`strategies.py`, `rounds.py`), whose budget is a window's.
         policy: the policy that runs; `full` when the budget is `auto` and the full cache fits.
         parts: how the prompt is read when not at the positions of its tokens.
+        windows: of map-reduce. The prompt of a very long document is only the frame around it.
         bits: of a stored key or value.
     """
 
@@ -56,6 +59,7 @@ class Plan:
     warnings: tuple[str, ...]
     parts: tuple[Part, ...] = ()
     bits: int = 16
+    windows: tuple[Window, ...] = ()
 
     @property
     def layer_slots(self) -> list[int]:
@@ -64,13 +68,8 @@ class Plan:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens the model reads."""
-        return len(self.prompt.ids)
-
-    @property
-    def passes(self) -> int:
-        """How many prompts it takes: one, or (more than one) those of map-reduce."""
-        return 2 if self.strategy == "map-reduce" else 1
+        """Tokens the model reads: the document's, and those of the frame around it."""
+        return self.document_tokens - self.cut_tokens + self.prompt.frame_tokens
 
     @property
     def engine_key(self) -> tuple[str, str, int]:
@@ -229,9 +228,10 @@ class Summarizer:
         if not text.strip():
             raise DocumentEmpty("the document is empty", "give it some text")
         settings, warnings = self.settings, []
+        very_long = strategies.surely_over(text, settings, self.loaded)
         prompt = build_prompt(
             self.loaded.tokenizer,
-            text,
+            "" if very_long else text,
             template=settings.template,
             instruction=settings.instruction,
             sentences=settings.sentences,
@@ -241,7 +241,10 @@ class Summarizer:
         )
         document_tokens = prompt.document[1] - prompt.document[0]
         max_new_tokens = settings.max_tokens or prompt.max_new_tokens
-        strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
+        if very_long:
+            strategy = "map-reduce"
+        else:
+            strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
         if strategy == "stream":
             self.policy.refuse_chunks()
         over = self._over(prompt, max_new_tokens)
@@ -264,12 +267,21 @@ class Summarizer:
         """The plan of a document that is streamed, or read in windows."""
         settings, loaded = self.settings, self.loaded
         parts: tuple[Part, ...] = ()
+        windows: list[Window] = []
+        document_tokens = prompt.document[1] - prompt.document[0]
         if strategy == "map-reduce":
-            how = strategies.mapping(prompt, settings, loaded, max_new_tokens)
-            number = len(strategies.cut_windows(text, how.room, loaded.tokenizer))
-            warnings = strategies.explain(strategy, prompt, loaded, settings, number)
-            frame = len(prompt.ids) - (prompt.document[1] - prompt.document[0])
-            tokens = min(len(prompt.ids), how.room + frame)
+            how = rounds.mapping(prompt, settings, loaded, max_new_tokens)
+            windows = rounds.cut_windows(text, how.room, loaded.tokenizer)
+            document_tokens = max(document_tokens, sum(window.tokens for window in windows))
+            passages: list[Window] = []
+            if settings.query and len(windows) > 1:
+                passages = rounds.passages_to_read(text, how.room, settings.query, loaded.tokenizer)
+            frame = prompt.frame_tokens
+            warnings = strategies.explain(
+                document_tokens + frame, loaded, settings, len(windows), passages=bool(passages)
+            )
+            windows = passages or windows
+            tokens = min(document_tokens, how.room) + frame
             policy, budget, bits = self._budget(tokens, max_new_tokens, free, self.second_look or self.policy)
         elif over:
             policy, bits = strategies.must_evict(self.policy), _bits(settings)
@@ -281,8 +293,10 @@ class Summarizer:
             policy, budget, bits = self._budget(len(prompt.ids), max_new_tokens, free, self.policy)
             warnings = []
         warnings += _budget_warnings(policy, budget)
-        tokens = prompt.document[1] - prompt.document[0]
-        return Plan(prompt, tokens, 0, max_new_tokens, strategy, policy, budget, tuple(warnings), parts, bits)
+        told = tuple(warnings)
+        return Plan(
+            prompt, document_tokens, 0, max_new_tokens, strategy, policy, budget, told, parts, bits, tuple(windows)
+        )
 
     def with_settings(self, settings: Settings) -> Summarizer:
         """The same model with other settings."""
@@ -340,30 +354,49 @@ class Summarizer:
             DocumentError: this document cannot be summarized. BudgetError: the budget is too small for it.
         """
         plan = plan or self.plan(text)
-        writing = Writing(self, plan, id, source)
-        if on_event:
-            on_event(writing.started(0))
         if self.settings.style and on_text:
             # The shape of a summary is made when it is whole: it is heard then, and not piece by piece.
             on_text, whole = None, on_text
         else:
             whole = None
-        if plan.strategy == "map-reduce":
-            summary = strategies.map_reduce(self, text, plan, on_event=on_event, on_text=on_text)
-            summary.id, summary.source, summary.plan, summary.settings = id, source, plan, self.settings
-            summary.warnings[:0] = [warning for warning in plan.warnings if warning not in summary.warnings]
-        else:
-            for event in self.engine(plan).run([writing.request]):
-                if on_event:
-                    on_event(event)
-                piece = writing.hear(event)
-                if on_text and piece:
-                    on_text(piece)
-            summary = writing.summary
+        work = rounds.Rounds(self, plan, id, source)
+        if on_event:
+            on_event(work.started(0))
+        while work.summary is None:
+            # Prompts of one round rarely need different engines, but budgets that look at free memory may differ.
+            for _, alike in groupby(work.pieces(), key=lambda piece: piece.plan.engine_key):
+                self._write(work, alike, on_event, on_text)
+        summary = work.summary
         self.finish(summary, text, pages)
         if whole:
             whole(summary.text)
         return summary
+
+    def _write(
+        self,
+        work: rounds.Rounds,
+        pieces: Iterator[rounds.Piece],
+        on_event: Callable[[Event], None] | None,
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        """Prompts of one document through one engine."""
+        first = next(pieces)
+        taken: list[rounds.Piece] = []
+
+        def requests() -> Iterator[Request]:
+            for piece in chain((first,), pieces):
+                taken.append(piece)
+                yield piece.request
+
+        engine = self.engine(first.plan, 1 if first.writing else self.batch_size)
+        for event in engine.run(requests()):
+            piece = first if isinstance(event, Notice) else taken[event.request]
+            told = event if isinstance(event, Notice) else work.told(piece, replace(event, request=0))
+            if on_event and told:
+                on_event(told)
+            text = "" if isinstance(event, Notice) else work.hear(piece, event, engine.rows)
+            if on_text and text:
+                on_text(text)
 
     def finish(self, summary: Summary, text: str, pages: Sequence[tuple[int, int]] = ()) -> None:
         """What happens to a written summary: its shape, and where its sentences come from in the document's text."""
@@ -498,19 +531,6 @@ class Writing:
             id, source, "", plan, summarizer.settings, summarizer.loaded, warnings=list(plan.warnings)
         )
         self._pieces = _Pieces(summarizer.loaded.tokenizer)
-
-    def started(self, index: int) -> DocumentStarted:
-        """The event that announces the document."""
-        plan = self.plan
-        return DocumentStarted(
-            index,
-            self.summary.id,
-            plan.document_tokens,
-            plan.prompt_tokens,
-            plan.policy.name,
-            plan.strategy,
-            plan.budget,
-        )
 
     def hear(self, event: Event) -> str:
         """Takes note of an event.

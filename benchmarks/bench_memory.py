@@ -35,10 +35,19 @@ def main() -> None:
     parser.add_argument("--strategy", nargs="+", default=["stream"], choices=["stream", "map-reduce"])
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON, written after each length")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     lengths = [length for length in (2**power for power in range(11, 31, 2)) if length < given.max] + [given.max]
-    rows = [_measure(given, strategy, length) for strategy in given.strategy for length in lengths]
+    rows: list[dict[str, Any]] = []
+    record: dict[str, Any] = {}
+    for strategy, length in ((strategy, length) for length in lengths for strategy in given.strategy):
+        rows.append(_measure(given, strategy, length))
+        settings = {"budget": given.budget, "policy": given.policy, "chunk": given.chunk, "device": given.device}
+        record = {"benchmark": "memory", **common.machine(), **common.versions(), "settings": settings, "rows": rows}
+        if given.out:
+            given.out.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     common.print_table(
         ["strategy", "tokens", "KV held, MiB", "KV in prefill, MiB", "full cache, MiB", "RSS, MiB", "read, s"],
         [
@@ -49,7 +58,7 @@ def main() -> None:
     )  # fmt: skip
     if given.plot:
         _plot(rows, given.plot)
-    common.print_json({"benchmark": "memory", **common.machine(), **common.versions(), "rows": rows})
+    common.print_json(record)
 
 
 def _measure(given: argparse.Namespace, strategy: str, tokens: int) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def _measure(given: argparse.Namespace, strategy: str, tokens: int) -> dict[str,
         command = [
             *(sys.executable, "-m", "auvsum", "summarize", str(path), "--strategy", strategy, "--format", "json"),
             *("--budget", given.budget, "--policy", given.policy, "--chunk", str(given.chunk), "--quiet"),
-            *("--model", given.model, "--max-tokens", str(given.max_tokens)),
+            *("--model", given.model, "--max-tokens", str(given.max_tokens), "--device", given.device),
             *(["--threads", str(given.threads)] if given.threads else []),
         ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=common.ROOT)

@@ -1,9 +1,11 @@
 """How fast a file becomes token ids, and how much memory that holds: reading and tokenizing must not be the bottleneck.
 
     python benchmarks/bench_tokenize.py --megabytes 1 16 64
+    python benchmarks/bench_tokenize.py --megabytes 64 --whole            # the ids of all of it, as one prompt
     python benchmarks/bench_tokenize.py --megabytes 1024 --read-only      # a 1 GB file: is it held more than once?
 
-Each size is a process of its own, whose memory is looked at from outside.
+A text far beyond the model's positions is cut into windows, whose tokens are counted and let go; `--whole` tokenizes it
+as a shorter one. Each size is a process of its own, whose memory is looked at from outside.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--read-only", action="store_true", help="read the file and leave it untokenized")
+    parser.add_argument("--whole", action="store_true", help="hold the ids of the whole text")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(_measure(given.child, None if given.read_only else given.model)))
+        print(json.dumps(_measure(given.child, None if given.read_only else given.model, given.whole)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +40,10 @@ def main() -> None:
             path = _written(Path(folder) / "long.txt", megabytes * 2**20)
             command = [sys.executable, __file__, "--child", str(path), "--model", given.model]
             done = subprocess.run(
-                command + ["--read-only"] * given.read_only, stdout=subprocess.PIPE, text=True, check=True
+                command + ["--read-only"] * given.read_only + ["--whole"] * given.whole,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             )
             rows.append({"megabytes": megabytes, **json.loads(done.stdout.splitlines()[-1])})
     table = [
@@ -57,7 +63,7 @@ def _written(path: Path, size: int) -> Path:
     return path
 
 
-def _measure(path: str, model: str | None) -> dict[str, float]:
+def _measure(path: str, model: str | None, whole: bool) -> dict[str, float]:
     """Times and memory of one file; the text's own memory is the growth while it was read."""
     from auvsum.text.readers import read_document
 
@@ -73,13 +79,17 @@ def _measure(path: str, model: str | None) -> dict[str, float]:
         prepare()
         from transformers import AutoTokenizer
 
+        from auvsum import rounds
         from auvsum.engine.models import resolve
         from auvsum.text.prompts import build_prompt
 
         tokenizer = AutoTokenizer.from_pretrained(resolve(model), local_files_only=True)
         build_prompt(tokenizer, "warm up")
         start = time.perf_counter()
-        tokens = len(build_prompt(tokenizer, text).ids)
+        if whole:
+            tokens = len(build_prompt(tokenizer, text).ids)
+        else:
+            tokens = sum(window.tokens for window in rounds.cut_windows(text, rounds.WINDOW, tokenizer))
         seconds = time.perf_counter() - start
     size = Path(path).stat().st_size / 1e6
     return {

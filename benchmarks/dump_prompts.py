@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--limit", type=int, help="only the run's first documents")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     config = Run(arguments.run).config
@@ -32,7 +33,7 @@ def main() -> None:
     shots, examples = select(config, load_examples(config.dataset, columns=config.columns, data_dir=arguments.data_dir))
     limits = {"max_document_tokens": config.max_document_tokens, "max_tokens": config.max_tokens}
     prompter = Prompter(loaded.tokenizer, task_of(config.dataset), shots, positions=loaded.max_positions, **limits)
-    for example in examples:
+    for example in examples[: arguments.limit]:
         text = arrange(example.document, example.reference, config.condition, seed=config.seed, id=example.id)
         prompt = prompter.ask(text).prompt.ids
         ((full, _),) = write_together(

@@ -32,7 +32,7 @@ from auvsum.eval.runner import Runner
 SETS = {
     "cnn_dailymail": {"dataset": "cnn_dailymail", "max_tokens": 80},
     "newsroom": {"dataset": "newsroom"},
-    "xsum5": {"dataset": "xsum", "shots": 5},
+    "xsum5": {"dataset": "xsum", "shots": 5, "max_tokens": 48},
     "beigebook": {"dataset": "beigebook", "max_document_tokens": 4000, "max_tokens": 80},
     "gao": {"dataset": "gao", "max_document_tokens": 4000, "max_tokens": 80},
 }
@@ -54,14 +54,14 @@ class Teacher:
         with cache.reading(0):
             logits = self.see(cache, ids, 0)[-1]
         self.open = [(layer.rows[0].key, layer.rows[0].value) for layer in cache.layers]
-        self.looked = {}
+        self.looked: dict[tuple[float, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         for policy in policies:
             how = (policy.look, policy.lead)
             if how not in self.looked:
-                plain = AUVLook(look=policy.look, lead=policy.lead, draft=0)
+                plain = AUVLook(look=policy.look, lead=policy.lead, draft=0, power=policy.power, ask=policy.ask)
                 cache.policy = plain
                 found = second_look(model, cache, 0, ids, span, None)
-                self.looked[how] = None if found is None else found.looked
+                self.looked[how] = (None, None) if found is None else (found.looked, found.asked)
         self.drafted, drafts = {}, {policy.draft for policy in policies}
         self.summary, self.nats = [int(logits.argmax())], []
         with cache.looking(0, drafts=True) as seen:
@@ -92,8 +92,8 @@ class Teacher:
             layer.lazy_initialization(key, value)
             layer.rows[0] = Open(key, value)
             layer.keeps_unpacked = True
-        looked = self.looked.get((policy.look, policy.lead)) if policy.look or policy.lead else None
-        cache.settle(0, Look(looked, self.drafted.get(policy.draft)))
+        looked, asked = self.looked[policy.look, policy.lead]
+        cache.settle(0, Look(looked, self.drafted.get(policy.draft), asked if policy.ask else None))
         length = next((i for i, token in enumerate(self.summary) if token in eos), len(self.summary) - 1)
         at, lost, agreed = 0, [], []
         while at < length:
@@ -126,15 +126,17 @@ def main() -> None:
     loaded = load(args.model, device=args.device)
     loaded.model.set_attn_implementation("auvsum")
     settings = {text.strip(): AUVLook(**options(text)) for text in args.settings.split(";")}
+    if len({policy.power for policy in settings.values()}) > 1:
+        parser.error("settings of one run share one draft, and so one power")
     part, parts = map(int, args.part.split("/"))
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name in args.sets.split(","):
         began = time.perf_counter()
-        config = EvalConfig(**{"limit": args.documents, "seed": 3, "model": args.model, **SETS[name]})
+        given = {"limit": args.documents, "half": args.half, "seed": 3, "model": args.model}
+        config = EvalConfig(**{**given, **SETS[name]})
         runner = Runner(config, loaded, load_examples(config.dataset, data_dir=args.data_dir))
-        step = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[args.half]
         rows = found.setdefault(name, {})
-        for example in runner.examples[step][part::parts]:
+        for example in runner.examples[part::parts]:
             if time.perf_counter() - began > args.seconds:
                 break
             prompt = runner.prompter.ask(example.document).prompt

@@ -135,7 +135,8 @@ def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttentio
     keep = policy.choose(held, capacity) if share is None else _choose_share(policy, held, share)
     kernel = fused_squeeze(held.key.device.type)
     if kernel is not None and layer.squeezes:
-        kernel.squeeze(store, row, held, keep, policy.folds_by)
+        # An expanded view is fine for torch; the kernel counts on rows that lie behind each other.
+        kernel.squeeze(store, row, held, None if keep is None else keep.contiguous(), policy.folds_by)
         return
     if keep is not None and store.reconstruct:
         evicted = held.state[policy.folds_by].scatter(-1, keep, 0.0)

@@ -50,7 +50,8 @@ class Open:
 
 @dataclass
 class _Seen:
-    """Attention that queries behind an open row paid to its tokens: sums `[G, n]`, and how many queries they were."""
+    """Attention that queries behind an open row paid to its tokens, to the policy's power: sums `[G, n]`, and how many
+    queries they were."""
 
     total: Tensor
     queries: int = 0
@@ -58,11 +59,12 @@ class _Seen:
 
 @dataclass
 class Look:
-    """What a second look found, for one prompt: mean attention a query `[layers, G, n]`, or None where there was
-    none. Shared by rows that read the same prompt."""
+    """What a second look found, for one prompt: attention to the policy's power, mean a query `[layers, G, n]`, or None
+    where there was none. Shared by rows that read the same prompt."""
 
     looked: Tensor | None
     drafted: Tensor | None
+    asked: Tensor | None = None
 
 
 class HeadsLayer(UncountedLayer):
@@ -84,6 +86,8 @@ class HeadsLayer(UncountedLayer):
         self.reads_prompt = False
         self.looks: _Seen | None = None
         self.draft: Open | None = None
+        #: How many of an open row's tokens stand before those that look.
+        self.before: int | None = None
         self.codec: Codec = Codec(torch.float32)
         #: For measurements of quality alone: a step need not unpack what has not changed, at the price of its memory.
         self.keeps_unpacked = False
@@ -191,14 +195,15 @@ class HeadsLayer(UncountedLayer):
         held = self.rows[row]
         assert isinstance(held, Open)
         size, own_key, own_value = held.key.shape[1], key, value
+        past_key, past_value = held.key[:, : self.before], held.value[:, : self.before]
         if self.draft is not None:
             self.draft.key = torch.cat([self.draft.key, key[0]], 1)
             self.draft.value = torch.cat([self.draft.value, value[0]], 1)
             own_key, own_value = self.draft.key[None], self.draft.value[None]
-        keys = torch.cat([held.key[None], own_key], 2)
-        values = torch.cat([held.value[None], own_value], 2)
+        keys = torch.cat([past_key[None], own_key], 2)
+        values = torch.cat([past_value[None], own_value], 2)
         out, attention = attend_chunk(query, keys, values, scale, keys.shape[2] - query.shape[2])
-        seen.total += attention.column_sums()[:, :size]
+        seen.total += attention.column_sums(power=self.policy.power)[:, :size]
         seen.queries += query.shape[2]
         self.transient = max(self.transient, keys.nbytes + values.nbytes)
         return out.transpose(1, 2)
@@ -226,7 +231,7 @@ class HeadsLayer(UncountedLayer):
         probabilities = logits.mul_(scale).softmax(-1)
         spread = probabilities.to(values.dtype)
         out = codec.turn_back(spread[..., :longest] @ values) + spread[..., longest:] @ own_value
-        paid = probabilities.sum(2).div_(heads // groups)
+        paid = probabilities.pow_(self.policy.power).sum(2).div_(heads // groups)
         # Padding points at some slot and adds nothing to it: its probability is 0.
         held.aas.index_add_(0, index.view(-1), paid[..., :longest].reshape(-1))
         own_paid = paid[..., longest:].transpose(1, 2).reshape(-1, groups)
@@ -269,7 +274,7 @@ class HeadsLayer(UncountedLayer):
             keys=self.codec.pack(open_.key[head, position]),
             values=self.codec.pack(open_.value[head, position]),
             positions=position.to(torch.int32),
-            aas=(score[head, position] * self.policy.prior).float(),
+            aas=(score[head, position].pow(self.policy.power) * self.policy.prior).float(),
             starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
             write_key=open_.key.new_zeros(empty),
             write_value=open_.value.new_zeros(empty),
@@ -326,6 +331,7 @@ class HeadsLayer(UncountedLayer):
         """By which tokens compete: the attention paid to each, a query that could pay it."""
         prompt, since, end = self.writing.reach[:, row]
         score = aas / torch.where(position < prompt, self.policy.prior + since, end - position)
+        score = score.pow(1 / self.policy.power)
         return score * self.codec.unpack(values).float().norm(dim=-1) if self.policy.value_norm else score
 
     # -- looking in from outside --------------------------------------------------------------------------------------
@@ -452,17 +458,18 @@ class HeadsCache(Cache):  # type: ignore[misc]
         return self.writing.width[row] - self.writing.written[row]
 
     @contextmanager
-    def looking(self, row: int, *, drafts: bool = False) -> Iterator[list[_Seen]]:
+    def looking(self, row: int, *, drafts: bool = False, before: int | None = None) -> Iterator[list[_Seen]]:
         """Within: the model is called with batch 1, and its tokens look at what that row holds without being held.
 
         Args:
             drafts: each call sees the tokens of the calls before it.
+            before: they are the prompt's own tokens from this one on, once more; by default they follow the prompt.
         """
         found = []
         for layer in self.layers:
             held = layer.rows[row]
             assert isinstance(held, Open)
-            layer.row = row
+            layer.row, layer.before = row, before
             layer.looks = _Seen(torch.zeros(held.key.shape[:2], dtype=torch.float32, device=held.key.device))
             layer.draft = Open(held.key[:, :0], held.value[:, :0]) if drafts else None
             found.append(layer.looks)
@@ -471,7 +478,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         finally:
             self._note_peak(row)
             for layer in self.layers:
-                layer.row, layer.looks, layer.draft = None, None, None
+                layer.row, layer.looks, layer.draft, layer.before = None, None, None, None
 
     def settle(self, row: int, look: Look | None) -> None:
         """Ranks the tokens of all layers and heads, keeps the best and frees the rest.
@@ -493,7 +500,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
                 raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")
             score = torch.zeros((layers, groups, tokens), device=first.key.device)
         else:
-            score = self.policy.blend(look.looked, look.drafted)
+            score = self.policy.blend(look.looked, look.drafted, look.asked)
         ranking = score
         if self.policy.value_norm:
             ranking = score * torch.stack([layer.rows[row].value.float().norm(dim=-1) for layer in self.layers])
@@ -567,7 +574,7 @@ def second_look(
     first: int | None,
     step: Callable[[Tensor, Tensor, HeadsCache], Tensor] | None = None,
 ) -> Look | None:
-    """Reads pieces of the document once more, and drafts a summary, with everything of an open row held.
+    """Reads pieces of the document and what is asked once more, and drafts a summary, with all of an open row held.
 
     Args:
         ids: the prompt. document: the span of it that is the document. first: the first token of the summary; None
@@ -593,7 +600,7 @@ def second_look(
         logits: Tensor = out.logits[0, -1]
         return logits
 
-    looked = drafted = None
+    looked = drafted = asked = None
     again = policy.tokens_to_look_with(ids[document[0] : document[1]])
 
     def draw(token: int, position: int) -> int:
@@ -615,12 +622,17 @@ def second_look(
             for place in range(draft):
                 token = draw(token, tokens + place)
         drafted = torch.stack([layer.total / layer.queries for layer in seen])
-    if looked is None and drafted is None:
+    tail = ids[max(document[1], tokens - _LOOK_CHUNK) :]
+    if policy.ask and tail and len(tail) < tokens:
+        with cache.looking(row, before=tokens - len(tail)) as seen:
+            see(tail, tokens - len(tail))
+        asked = torch.stack([layer.total / layer.queries for layer in seen])
+    if looked is None and drafted is None and asked is None:
         raise PolicyError(
             f"the prompt of {tokens:,} tokens leaves the model no positions to look at it again",
             "use --policy auv, or a shorter document",
         )
-    return Look(looked, drafted)
+    return Look(looked, drafted, asked)
 
 
 def _mean(slots: int | Sequence[int]) -> int:

@@ -187,15 +187,15 @@ class SlotStore:
         if live == 0:
             state = {name: values.new_zeros((groups, chunk)) for name, values in self.state.items()}
             return Held(key, value, fresh, state, chunk)
-        order = self._by_position(row, live)
-        pick = order[..., None].expand(-1, -1, key.shape[-1])
-        old_key = self.codec.decode(self.keys, row).gather(1, pick)
-        old_value = self.codec.decode(self.values, row).gather(1, pick)
+        # `fill` leaves a row in order of position; only decoding mixes it.
+        held = slice(0, live) if known.epoch == self.epoch else self._by_position(row, live)
+        heads = slice(None) if isinstance(held, slice) else self._heads[0][:, None]
+        old_key, old_value = (self.codec.decode(memory, (row, heads, held)) for memory in (self.keys, self.values))
         state = {
-            name: torch.cat([values[row].gather(1, order), values.new_zeros((groups, chunk))], 1)
+            name: torch.cat([values[row, heads, held], values.new_zeros((groups, chunk))], 1)
             for name, values in self.state.items()
         }
-        positions = torch.cat([self.positions[row].gather(1, order), fresh], 1)
+        positions = torch.cat([self.positions[row, heads, held], fresh], 1)
         return Held(torch.cat([old_key, key], 1), torch.cat([old_value, value], 1), positions, state, chunk)
 
     def fill(self, row: int, held: Held, keep: Tensor | None) -> None:

@@ -60,6 +60,10 @@ def command(
     condition: Annotated[
         str | None, _option("The order of a document's paragraphs.", metavar="plain|shuffled|key-last")
     ] = None,
+    half: Annotated[
+        str | None,
+        _option("Rows with an even or an odd number: tune on one, report the other.", metavar="all|even|odd"),
+    ] = None,
     limit: Annotated[int | None, _option("Measure only so many documents.", metavar="N")] = None,
     seed: Annotated[int | None, _option("Draws the documents, the examples and the shuffling.", metavar="N")] = None,
     max_document_tokens: Annotated[int | None, _option("Cut longer documents, and label them.", metavar="N")] = None,

@@ -85,6 +85,9 @@ def report(
     runs: Runs,
     html: Annotated[bool, typer.Option("--html", help="One self-contained HTML page.")] = False,
     out: Annotated[Path | None, typer.Option(help="The file; default report.html in the first run.")] = None,
+    peer: Annotated[
+        list[Path] | None, typer.Option(help="What benchmarks/eval_kvpress.py wrote, for the Markdown.", metavar="FILE")
+    ] = None,
     color: options.ColorOption = options.Color.auto,
     debug: options.Debug = False,
 ) -> int:
@@ -94,6 +97,7 @@ def report(
     Examples:
       auvsum report runs/xsum --html
       auvsum report runs/cnn runs/xsum > docs/RESULTS.md
+      auvsum report runs/cnn --peer kvpress-cpu.json
     """
     console = Console(color.value, debug=debug)
 
@@ -102,7 +106,7 @@ def report(
         if not html:
             from auvsum.eval.results import results
 
-            text = results(kept)
+            text = results(kept, peer or ())
             if out is None:
                 console.write(text)
             else:

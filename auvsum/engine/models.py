@@ -119,7 +119,7 @@ def load(
     if device == "auto" and places[0].type == "cuda" and free_bytes(places[0]) < split.needed(path, kind, stored):
         places = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if places[0].type == "cuda":
-        torch.cuda.set_device(places[0])  # kernels and graphs are launched on the current one
+        torch.cuda.set_device(places[0].index or 0)  # kernels and graphs are launched on the current one
     model, tokenizer = _read(name, path, kind, **(split.placing(places) if len(places) > 1 else {}))
     try:
         model = (model if len(places) > 1 else model.to(places[0])).eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from auvsum.errors import BudgetError, ConfigError
 METRICS = ("fidelity", "rouge", "bertscore")
 #: Measured only when asked for: every cache writes once more, alone, at batch 1.
 THROUGHPUT = "throughput"
+HALVES = ("all", "even", "odd")
 CONDITIONS = ("plain", "shuffled", "key-last")
 SCOPES = ("bytes", "paper")
 DEFAULT_ENCODER = "all-minilm-l6-v2"
@@ -34,6 +35,7 @@ class EvalConfig:
         budgets: of the budget grammar; every policy gets each of them in every scope and at every number of bits.
         shots: 0, the zero-shot prompt that people use, or 5, the paper's in-context prompt.
         condition: the order of the document's paragraphs (`conditions.py`).
+        half: rows of the file with an even or an odd number, from 0 on: choose on one, report on the other.
         limit: documents; None for all. max_document_tokens: longer documents are cut, and labelled.
         max_tokens: new tokens; None lets the dataset decide.
         encoder: of BERTScore. encoder_layer: None for the encoder's own.
@@ -52,6 +54,7 @@ class EvalConfig:
     kv_bits: tuple[int, ...] = (16,)
     shots: int = 0
     condition: str = "plain"
+    half: str = "all"
     limit: int | None = None
     seed: int = 0
     max_document_tokens: int | None = None
@@ -74,6 +77,8 @@ class EvalConfig:
                     raise ConfigError(f"{name} {value!r} is unknown", nearest_hint(value, known))
         if self.condition not in CONDITIONS:
             raise ConfigError(f"condition {self.condition!r} is unknown", nearest_hint(self.condition, CONDITIONS))
+        if self.half not in HALVES:
+            raise ConfigError(f"half {self.half!r} is unknown", nearest_hint(self.half, HALVES))
         if self.shots not in (0, 5):
             raise ConfigError(f"shots must be 0 or 5, not {self.shots}", "5 is the paper's prompt")
         for bits in self.kv_bits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from auvsum import _env
 from auvsum.errors import DatasetError
 from auvsum.eval.tasks import HubSource, Task, task_of
 
+_COMMIT = re.compile("[0-9a-f]{40}")
 _ENDINGS = (".jsonl", ".parquet")
 
 
@@ -135,8 +137,9 @@ def _read_hub(task: Task, source: HubSource, data_dir: Path | None, download: bo
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
     try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(
+        rows = datasets.load_dataset(
             source.repository, source.configuration, revision=source.revision, split=source.split
         )
     except Exception as error:  # the library raises its own, the hub's, OSError and ValueError
@@ -145,7 +148,16 @@ def _read_hub(task: Task, source: HubSource, data_dir: Path | None, download: bo
         raise DatasetError(f"{source.repository} {what}: {reason}", _how_to_get(task, data_dir)) from error
     finally:
         _env.prepare()
-    return rows
+    # Offline the library takes whatever revision is there, and names its folder after it.
+    held = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    if _COMMIT.fullmatch(source.revision) and held and held != {source.revision}:
+        raise DatasetError(
+            f"the local Hugging Face cache holds revision {', '.join(sorted(held))} of {source.repository}, "
+            f"not {source.revision}",
+            _how_to_get(task, data_dir),
+        )
+    found: Iterable[dict[str, Any]] = rows
+    return found
 
 
 def _needs(module: str, what: str, or_else: str = "") -> None:

@@ -90,7 +90,7 @@ class _FanLayer(UncountedLayer):
 
     def _read(self, targets: list[tuple[int, int]], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         out, seen = attend_chunk(query, key, value, scale, 0)
-        shared = _Shared(**{f.name: getattr(seen, f.name) for f in fields(seen)})
+        shared = _Shared(**{f.name: getattr(seen, f.name) for f in fields(ChunkAttention)}, seen=seen)
         for number, row in targets:
             self.members[number].take(row, key, value, shared)
         return out.transpose(1, 2)
@@ -100,12 +100,17 @@ class _FanLayer(UncountedLayer):
 class _Shared(ChunkAttention):
     """Remembers the column sums that one policy or row has asked for: the next that asks for them gets a copy."""
 
-    known: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
+    seen: ChunkAttention
+    known: list[tuple[Tensor | None, float, Tensor]] = field(default_factory=list)
 
-    def column_sums(self, weights: Tensor | None = None) -> Tensor:
-        for asked, total in self.known:
-            if weights is asked or (weights is not None and asked is not None and torch.equal(weights, asked)):
+    def last_rows(self, count: int) -> Tensor:
+        return self.seen.last_rows(count)
+
+    def column_sums(self, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
+        for asked, exponent, total in self.known:
+            same = weights is asked or (weights is not None and asked is not None and torch.equal(weights, asked))
+            if same and exponent == power:
                 return total.clone()
-        total = super().column_sums(weights)
-        self.known.append((weights, total))
+        total = self.seen.column_sums(weights, power)
+        self.known.append((weights, power, total))
         return total.clone()

@@ -202,7 +202,7 @@ class _Batch:
 
     def _settle(self, document: int, prompt: tuple[int, ...], numbers: list[int], token: int) -> None:
         """The second look of the rows whose policy takes one: once for all that ask the same, whatever the budget."""
-        looks: dict[tuple[float, int, int], Look | None] = {}
+        looks: dict[tuple[object, ...], Look | None] = {}
         for number in numbers:
             row = self.rows[number]
             cache = self.caches[row.cache]

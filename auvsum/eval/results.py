@@ -6,9 +6,13 @@ A run answers only for its own documents, so each gets its own section. The sent
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from auvsum.errors import RunError
 from auvsum.eval.runs import Run
 from auvsum.eval.tables import cells_of, heads, markdown_table, merge
 
@@ -22,13 +26,17 @@ A share of the full cache's ROUGE or BERTScore is not quality by itself where co
 """
 
 
-def results(runs: Sequence[Run]) -> str:
+def results(runs: Sequence[Run], peers: Sequence[Path] = ()) -> str:
     """The document's text.
 
+    Args:
+        peers: JSON files of `benchmarks/eval_kvpress.py`; each is shown below the run that measured its documents.
+
     Raises:
-        RunError: a run that has not been scored.
+        RunError: a run that has not been scored, or a peer's file that is not one.
     """
-    parts = [_HEAD]
+    outside = [_peer(path) for path in peers]
+    parts = [_HEAD, *claims(runs)]
     for run in runs:
         metrics, rows = merge([run])
         environment = run.environment()
@@ -40,7 +48,113 @@ def results(runs: Sequence[Run]) -> str:
         parts.append(f"Ran on: {ran or 'not noted'}.\n")
         parts.append(markdown_table(cells_of(rows, several=False)))
         parts.append(" ".join(sentences(metrics[0])) + "\n")
+        parts += [text for peer in outside if (text := _beside(peer, metrics[0]))]
     return "\n".join(parts)
+
+
+def claims(runs: Sequence[Run]) -> list[str]:
+    """Where the paper's claim, that AUV keeps more of the quality than H2O and NACL, holds in all runs, and why."""
+    parts = []
+    for other in ("h2o", "nacl"):
+        found: dict[str, list[str]] = {"holds": [], "fails": [], "open": []}
+        for run in runs:
+            for verdict, where in _verdicts(run.metrics(), "auv", other).items():
+                found[verdict] += [f"{run.name} {one}" for one in where]
+        if count := sum(map(len, found.values())):
+            said = [f"AUV against {other}, nats a token lost at the same bytes, {count} settings"]
+            said.append(f"it loses less in {len(found['holds'])}: {', '.join(found['holds']) or 'none'}")
+            said.append(f"more in {len(found['fails'])}: {', '.join(found['fails']) or 'none'}")
+            said.append(f"not told apart in {len(found['open'])}: {', '.join(found['open']) or 'none'}")
+            caveat = _nacl_caveat(runs) if other == "nacl" else ""
+            parts.append("; ".join(said) + "." + caveat + "\n")
+    if parts:
+        reasons = [reason for run in runs if (reason := _reason(run))]
+        parts += [f"Why: {' '.join(reasons)}\n"] if reasons else []
+        parts.insert(0, "## The paper's claims\n")
+    return parts
+
+
+def _nacl_caveat(runs: Sequence[Run]) -> str:
+    """Where NACL's ring of recent tokens, 2.5% of its slots, is a single one: that row measures the ring."""
+    small = [
+        f"{run.name} {row['budget']}"
+        for run in runs
+        for row in run.metrics()["rows"].values()
+        if row["policy"] == "nacl" and (row["slots"] or 0) < 80
+    ]
+    if not small:
+        return ""
+    return (
+        f" Not a fair fight at {', '.join(small)}: with fewer than 80 slots the ring in which NACL's newest tokens "
+        "share 2.5% of them is one slot, so that while it writes it does not see what it wrote (its official code "
+        "evicts nothing then; docs/POLICIES.md)."
+    )
+
+
+def _reason(run: Run) -> str:
+    """Which end of a document AUV and H2O keep, at the budget nearest to 10%, and which of them loses less there."""
+    metrics = run.metrics()
+    pairs = [_rows_of(metrics, pair) for pair in metrics["paired"] if pair["metric"] == "nats"]
+    pairs = [pair for pair in pairs if set(pair) == {"auv", "h2o"} and all(row["kept"] for row in pair.values())]
+    shares = [pair for pair in pairs if pair["auv"]["budget"].endswith("%")]
+    if not shares:
+        return ""
+    pair = min(shares, key=lambda pair: abs(float(pair["auv"]["budget"].removesuffix("%")) - 10))
+    (first, last), (h2o_first, h2o_last) = ((row["kept"][0], row["kept"][-1]) for row in (pair["auv"], pair["h2o"]))
+    losses = [pair[name]["scores"]["nats"]["mean"] for name in ("auv", "h2o")]
+    return (
+        f"on {run.name} at {pair['auv']['budget']} AUV keeps {first:.0%} of a document's first tenth and {last:.0%} of "
+        f"its last, H2O {h2o_first:.0%} and {h2o_last:.0%}; they lose {losses[0]:.2f} and {losses[1]:.2f} nats."
+    )
+
+
+def _rows_of(metrics: dict[str, Any], pair: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The two rows of a pair by policy; one, where both are of the same."""
+    rows = (metrics["rows"][pair[side]] for side in ("first", "second"))
+    return {row["policy"]: row for row in rows if row["kind"] == "cache"}
+
+
+def _peer(path: Path) -> dict[str, Any]:
+    try:
+        peer = json.loads(path.read_text(encoding="utf-8"))
+        named = isinstance(peer, dict) and peer.get("benchmark") == "kvpress"
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}", "give what benchmarks/eval_kvpress.py wrote") from error
+    if not named:
+        raise RunError(f"{path} is no result of kvpress", "give what benchmarks/eval_kvpress.py wrote")
+    return {str(key): value for key, value in peer.items()}
+
+
+def _beside(peer: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """kvpress's rows and ours on the documents that both measured; nothing where that is less than half of its own."""
+    ids = [one["id"] for one in metrics["documents"]]
+    both = [(peer["documents"].index(id), at) for at, id in enumerate(ids) if id in peer["documents"]]
+    if (
+        2 * len(both) < len(peer["documents"])
+        or peer["dataset"] != metrics["config"]["dataset"]
+        or peer["model"] != metrics["config"]["model"]
+    ):
+        return ""
+    versions = ", ".join(f"{name} {number}" for name, number in peer["versions"].items())
+    lines = [
+        f"The same {len(both)} documents by {versions} ({peer['dtype']}, its budgets are shares of the tokens: "
+        "it masks what a head does not keep) and by the rows above (shares of the bytes, state included):\n",
+        "| cache | agree | nats lost |",
+        "|---|---:|---:|",
+    ]
+    named = [(f"kvpress {row['press']} @ {row['budget']}", row, [mine for mine, _ in both]) for row in peer["rows"]]
+    budgets = {row["budget"] for row in peer["rows"]}
+    named += [
+        (name, row["documents"], [at for _, at in both])
+        for name, row in metrics["rows"].items()
+        if row["budget"] in budgets and "nats" in row["documents"]
+    ]
+    table = []
+    for name, values, places in named:
+        scores = [[values[metric][place] for place in places] for metric in ("agreement", "nats")]
+        if all(None not in known for known in scores):
+            table.append((fmean(scores[1]), name, fmean(scores[0])))
+    return "\n".join(lines + [f"| {name} | {agree:.3f} | {nats:.3f} |" for nats, name, agree in sorted(table)]) + "\n"
 
 
 def sentences(metrics: dict[str, Any]) -> list[str]:
@@ -57,6 +171,20 @@ def sentences(metrics: dict[str, Any]) -> list[str]:
 def _claim(metrics: dict[str, Any], mine: str, other: str) -> str:
     """Where a policy of ours loses fewer nats than another policy, and where more."""
     ours = "AUV" if mine == "auv" else mine
+    verdicts = _verdicts(metrics, mine, other)
+    said = []
+    if verdicts["holds"]:
+        said.append(f"{ours} loses fewer nats a token than {other} at {', '.join(verdicts['holds'])}")
+    if verdicts["fails"]:
+        said.append(f"{ours} loses more than {other} at {', '.join(verdicts['fails'])}")
+    if verdicts["open"]:
+        said.append(f"no difference between {ours} and {other} is certain at {', '.join(verdicts['open'])}")
+    text = "; ".join(said)
+    return f"{text[0].upper() if text.startswith('no') else text[0]}{text[1:]}." if text else ""
+
+
+def _verdicts(metrics: dict[str, Any], mine: str, other: str) -> dict[str, list[str]]:
+    """The budgets at which `mine` loses fewer nats than `other`, more, or neither for certain; with the difference."""
     verdicts: dict[str, list[str]] = {"holds": [], "fails": [], "open": []}
     for pair in metrics["paired"]:
         names = (pair["first"], pair["second"])
@@ -69,15 +197,7 @@ def _claim(metrics: dict[str, Any], mine: str, other: str) -> str:
         where = f"{row['budget']}{' (paper accounting)' if row['scope'] == 'paper' else ''}"
         text = f"{where} ({sign * pair['mean']:+.2f} [{low:+.2f}, {high:+.2f}])"
         verdicts["holds" if high < 0 else "fails" if low > 0 else "open"].append(text)
-    said = []
-    if verdicts["holds"]:
-        said.append(f"{ours} loses fewer nats a token than {other} at {', '.join(verdicts['holds'])}")
-    if verdicts["fails"]:
-        said.append(f"{ours} loses more than {other} at {', '.join(verdicts['fails'])}")
-    if verdicts["open"]:
-        said.append(f"no difference between {ours} and {other} is certain at {', '.join(verdicts['open'])}")
-    text = "; ".join(said)
-    return f"{text[0].upper() if text.startswith('no') else text[0]}{text[1:]}." if text else ""
+    return verdicts
 
 
 def _quality(rows: dict[str, Any], metric: str, label: str) -> str:

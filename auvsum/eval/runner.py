@@ -16,7 +16,7 @@ from auvsum.cache.policy import Policy, make_policy
 from auvsum.engine.generate import Engine, Request
 from auvsum.engine.memory import free_bytes, is_out_of_memory, release_memory
 from auvsum.engine.models import LoadedModel, load
-from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentError, GenerationFailed
+from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentError, GenerationFailed, RunError
 from auvsum.eval.cells import FIRST_WORDS, Cell, cells, resolved, shade, tenths
 from auvsum.eval.config import THROUGHPUT, EvalConfig
 from auvsum.eval.datasets import Example
@@ -29,7 +29,7 @@ from auvsum.events import Finished
 
 #: On a GPU: the part of the free memory that is planned with, what a row needs beside its slots' keys and values, and
 #: the most documents together.
-_PLANNED, _ROW_OVERHEAD, _MOST_DOCUMENTS = 0.8, 1.5, 32
+_PLANNED, _ROW_OVERHEAD, _MOST_DOCUMENTS = 0.8, 1.5, 64
 
 #: Documents whose text is kept with the run, for the page of `auvsum report`.
 _SHOWN = 3
@@ -88,8 +88,13 @@ class Runner:
         Args:
             jobs: processes that measure documents side by side, each with a model of its own and one thread.
         """
+        done = {sample["id"]: sample["sha256"] for sample in run.samples()}
+        for example in self.examples:
+            if done.get(example.id, _digest(example)) != _digest(example):
+                raise RunError(
+                    f"{run.path} measured another document as {example.id}: the data changed", "give another --out"
+                )
         run.write_json(ENV, self.environment())
-        done = {sample["id"] for sample in run.samples()}
         waiting = [example for example in self.examples if example.id not in done]
         if done:
             self.progress(f"{len(done)} documents are done already")
@@ -143,6 +148,7 @@ class Runner:
             "threads": torch.get_num_threads(),
             "batch_size": self.batch_size or "auto",
             "model": self.loaded.name,
+            "documents": len(self.examples),
             "setting": self.prompter.setting,
             "shots": self.shot_ids,
             "truncated prompt": "without examples, the document cut at its end to what the bytes hold when it has been "
@@ -246,7 +252,7 @@ class Runner:
         example, asked = item.example, item.asked
         head: dict[str, Any] = {
             "id": example.id,
-            "sha256": hashlib.sha256(example.document.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+            "sha256": _digest(example),
             "reference": example.reference,
             "setting": self.prompter.setting,
             "condition": self.config.condition,
@@ -324,6 +330,11 @@ class Runner:
         return self.loaded.shape.token_bytes
 
 
+def _digest(example: Example) -> str:
+    """By which documents of two runs are known to be the same."""
+    return hashlib.sha256(example.document.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def _mean(slots: int | tuple[int, ...]) -> float:
     return slots if isinstance(slots, int) else sum(slots) / len(slots)
 
@@ -343,10 +354,11 @@ def _measure_one(id: str) -> dict[str, Any]:
 
 
 def select(config: EvalConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """The in-context examples and the documents to measure: the whole set, or `limit` of it drawn with the seed."""
+    """The in-context examples and the documents to measure: the whole half, or `limit` of it drawn with the seed."""
     shots = choose_shots(examples, config.seed) if config.shots else []
     taken = {shot.id for shot in shots}
-    rest = [example for example in examples if example.id not in taken]
+    first, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[config.half]
+    rest = [example for example in examples[first::step] if example.id not in taken]
     limit = config.limit or task_of(config.dataset).limit
     if limit is not None and limit < len(rest):
         chosen = set(random.Random(config.seed).sample(range(len(rest)), limit))

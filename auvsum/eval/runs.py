@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,18 @@ class Run:
             if not line:
                 continue
             try:
-                yield json.loads(line)
+                sample = json.loads(line)
             except ValueError as error:
                 if number == len(lines):
                     return
                 raise RunError(
                     f"{self.path / SAMPLES}, line {number} is not JSON", "remove the line, then --resume"
                 ) from error
+            if not (isinstance(sample, dict) and {"id", "sha256", "error", "rows"} <= set(sample)):
+                raise RunError(
+                    f"{self.path / SAMPLES}, line {number} is no measured document", "remove the line, then --resume"
+                )
+            yield sample
 
     def append(self, sample: Mapping[str, Any]) -> None:
         """Adds a finished document, after what a killed run may have left."""
@@ -99,8 +105,10 @@ class Run:
             stream.flush()
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Writes one of the other files, whole or not at all."""
-        write_whole(self.path / name, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        """Writes one of the other files, whole or not at all; a list of numbers takes one line."""
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
+        text = re.sub(r"\[[-\d\s.,e+null]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+        write_whole(self.path / name, text + "\n")
 
     def metrics(self) -> dict[str, Any]:
         """What `auvsum score` computed.
@@ -113,7 +121,7 @@ class Run:
             value = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path} has no scores", f"type: auvsum score {self.path}") from error
-        if not isinstance(value, dict):
+        if not (isinstance(value, dict) and {"config", "documents", "rows", "paired"} <= set(value)):
             raise RunError(f"{self.path / METRICS} holds no scores", f"type: auvsum score {self.path}")
         return value
 

@@ -33,6 +33,12 @@ def score(run: Run, *, encoder: Encoder | None, progress: Callable[[str], None] 
     if not measured:
         raise RunError(f"{run.path} holds no measured documents", "see its samples.jsonl, or run it again")
     names = [cell.name for cell in cells(config)]
+    for sample in measured:
+        if missing := [name for name in names if name not in sample["rows"]]:
+            raise RunError(
+                f"{run.path}: document {sample['id']} has no row {missing[0]!r}, its config.yaml asks for one",
+                "a run's files belong together: measure again with another --out",
+            )
     table = _Table(config, measured, encoder)
     rows: dict[str, Any] = {}
     for name in names:
@@ -47,7 +53,7 @@ def score(run: Run, *, encoder: Encoder | None, progress: Callable[[str], None] 
         "full_bytes": sum(s["full_bytes"] for s in measured) / len(measured),
         "failed": [{"id": s["id"], **s["error"]} for s in samples if s["error"]],
         "shortened": [s["id"] for s in measured if s["shortened"]],
-        "notes": _notes(config, measured, rows),
+        "notes": _unfinished(run, len(samples)) + _notes(config, measured, rows),
         "rows": rows,
         "paired": _pairs(rows),
     }
@@ -85,7 +91,7 @@ class _Table:
             "empty": sum(text is not None and not text.strip() for text in texts),
             "kept": _columns([row["kept"] for row in found if len(row.get("kept", ())) == 10]),
             "scores": {m: estimate(known).record() for m, values in scores.items() if (known := _known(values))},
-            "documents": {m: values for m, values in scores.items() if _known(values)},
+            "documents": {m: _rounded(values) for m, values in scores.items() if _known(values)},
         }
 
     def _against_references(self, texts: Sequence[str | None]) -> Scores:
@@ -124,6 +130,12 @@ def _pairs(rows: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _unfinished(run: Run, count: int) -> list[str]:
+    """A run that was stopped says so wherever it is shown."""
+    wanted = run.environment().get("documents", count)
+    return [f"the run is not finished: {count} of {wanted} documents"] if count < wanted else []
+
+
 def _notes(config: EvalConfig, samples: list[dict[str, Any]], rows: dict[str, Any]) -> list[str]:
     """What a reader must know before believing the table."""
     notes = []
@@ -143,6 +155,11 @@ def _notes(config: EvalConfig, samples: list[dict[str, Any]], rows: dict[str, An
 
 def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
+
+
+def _rounded(values: Sequence[float | None]) -> list[float | None]:
+    """A document's own values are kept to compare runs and to see outliers: four digits do."""
+    return [None if value is None else round(value, 4) for value in values]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

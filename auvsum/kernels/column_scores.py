@@ -86,34 +86,36 @@ class ChunkAttention:
             total += logits.sub_(lse[:, head]).exp_()
         return total.div_(repeats)
 
-    def column_sums(self, weights: Tensor | None = None) -> Tensor:
-        """`Σ_i w_i · a[i, j]`, averaged over the query heads of each KV head.
+    def column_sums(self, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
+        """`Σ_i w_i · a[i, j]^p`, averaged over the query heads of each KV head.
 
         Args:
-            weights: positive `w_i`, fp32 `[G, T]`; None for ones.
+            weights: positive `w_i`, fp32 `[G, T]`; None for ones. power: `p`; a power of a probability is the same
+                exponential with logits and log-sum-exp `p` times as large.
 
         Returns:
             fp32 `[G, past + T]`.
         """
+        scaling, lse = self.scaling * power, self.lse * power
         kernel = _score_kernel(self.query)
         if kernel is not None:
-            total: Tensor = kernel.column_sums(self.query, self.key, self.lse, weights, self.scaling, self.past)
+            total: Tensor = kernel.column_sums(self.query, self.key, lse, weights, scaling, self.past)
             return total
         _, heads, chunk, _ = self.query.shape
         groups = self.key.shape[1]
-        bias = -self.lse[0]
+        bias = -lse[0]
         if weights is not None:
             bias = bias + weights.log().repeat_interleave(heads // groups, 0)
-        queries = _with_bias(self.query[0], bias / self.scaling)
+        queries = _with_bias(self.query[0], bias / scaling)
         keys = _with_ones(self.key[0]).repeat_interleave(heads // groups, 0)[None]
         sums = []
         if self.past:
-            _, lse = fused_attention(keys[:, :, : self.past], queries, queries, self.scaling, causal=False)
-            sums.append(lse[0].exp())
+            _, found = fused_attention(keys[:, :, : self.past], queries, queries, scaling, causal=False)
+            sums.append(found[0].exp())
         # Flipped: the last key comes first and may see only the last query, and so on.
         own, flipped = keys[:, :, self.past :].flip(2), queries.flip(2)
-        _, lse = fused_attention(own, flipped, flipped, self.scaling, causal=True)
-        sums.append(lse[0].flip(-1).exp())
+        _, found = fused_attention(own, flipped, flipped, scaling, causal=True)
+        sums.append(found[0].flip(-1).exp())
         return torch.cat(sums, -1).view(groups, heads // groups, self.past + chunk).mean(1)
 
 

@@ -1,8 +1,9 @@
 """One decode step of one layer (Triton): a launch that appends, attends and updates the state, and one that evicts.
 
 A program is one KV head of one row. It writes the new token where the policy places it, attends over the live slots and
-the reconstructed slot, and updates the state of AUV (eqs. 3 and 4, usage counts) or H2O. A second launch, for AUV, ends
-at once except where a row is full, and evicts there (eqs. 5 to 8); in the first it would double the registers.
+the reconstructed slot, and updates the state of AUV (eqs. 3 and 4, usage counts) or H2O; where heads are many the
+program is that of `warp_step.py`. A second launch, for AUV, has few programs, which evict where a row is full (eqs. 5
+to 8); in the first it would double the registers.
 
 Pointer, tokens seen, capacity and activity are read from device tensors: rows differ in phase, the host is never asked,
 and both launches can be captured in a CUDA graph. The last program of a row advances its pointer.
@@ -27,9 +28,14 @@ from auvsum.cache.policy import Policy
 from auvsum.cache.store import SlotStore
 from auvsum.kernels.evict import evict
 from auvsum.kernels.select import largest, order_key
+from auvsum.kernels.warp_step import warp_step_kernel
 
 #: Elements of a tile of keys; a program holds one such tile of keys and one of values at a time.
 _TILE = 16384
+#: The same of `warp_step.py`, the most slots it takes, and programs a multiprocessor up to which it is the slower way.
+_WARP_TILE, _WARP_SLOTS, _FEW = 2048, 256, 4
+#: Programs a multiprocessor that evict, and slots they move at a time.
+_EVICTING, _EVICT_SLOTS = 4, 32
 _POLICIES = {Full: 0, AUV: 1, H2O: 2}
 _MAX_SLOTS = 8192
 
@@ -169,47 +175,57 @@ def _step_kernel(
         tl.store(seen_ + b, seen + 1)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "rows"])
 def _evict_kernel(
     keys, values, positions, valid, first, second, third, capacity_, pointer_, active_,
-    folded_key, folded_value, folded_mass, tickets, weight_scratch, target_scratch, decay, slots,
+    folded_key, folded_value, folded_mass, ticket, weight_scratch, target_scratch, decay, slots, rows,
     RECONSTRUCT: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The eviction by itself: a program whose row is not full ends at once."""
-    program = tl.program_id(0)
-    b = (program // GROUPS).to(tl.int64)
-    head = program.to(tl.int64)
-    capacity = tl.load(capacity_ + b)
-    if (tl.load(pointer_ + b) != capacity) | (tl.load(active_ + b) == 0):
-        return
-    local = (capacity // 3).to(tl.int32)
-    base = head * (slots + RECONSTRUCT)
+    """The eviction by itself: a few programs share the heads of all full rows out, and end at once where none is."""
+    row = tl.arange(0, ROWS)
+    pointer = tl.load(pointer_ + row, mask=row < rows, other=-1)
+    capacity = tl.load(capacity_ + row, mask=row < rows, other=0)
+    full = (pointer == capacity) & (tl.load(active_ + row, mask=row < rows, other=0) != 0)
+    number = tl.cumsum(full.to(tl.int32), 0)
+    count = tl.sum(full.to(tl.int32), 0)
     slot = tl.arange(0, PADDED)
-    inside = slot < 3 * local
-    aas = tl.load(first + base + slot, mask=inside, other=0.0)
-    usage = tl.load(third + base + slot, mask=inside, other=0.0)
-    position = tl.load(positions + base + slot, mask=inside, other=-1)
-    evict(
-        aas, usage, position, keys, values, positions, valid, first, second, third,
-        folded_key + head * DIM, folded_value + head * DIM, folded_mass + head,
-        weight_scratch + head * PADDED, target_scratch + head * PADDED, base, slots, local, decay,
-        RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED,
-    )  # fmt: skip
-    tl.debug_barrier()
-    if tl.atomic_add(tickets + b, 1) == GROUPS - 1:
-        tl.store(tickets + b, 0)
-        tl.store(pointer_ + b, (2 * local).to(tl.int64))
+    for item in range(tl.program_id(0), count * GROUPS, tl.num_programs(0)):
+        here = full & (number == item // GROUPS + 1)
+        head = (tl.sum(tl.where(here, row, 0), 0) * GROUPS + item % GROUPS).to(tl.int64)
+        local = (tl.sum(tl.where(here, capacity, 0), 0) // 3).to(tl.int32)
+        base = head * (slots + RECONSTRUCT)
+        inside = slot < 3 * local
+        aas = tl.load(first + base + slot, mask=inside, other=0.0)
+        usage = tl.load(third + base + slot, mask=inside, other=0.0)
+        position = tl.load(positions + base + slot, mask=inside, other=-1)
+        evict(
+            aas, usage, position, keys, values, positions, valid, first, second, third,
+            folded_key + head * DIM, folded_value + head * DIM, folded_mass + head,
+            weight_scratch + head * PADDED, target_scratch + head * PADDED, base, slots, local, decay,
+            RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED,
+        )  # fmt: skip
+    if count > 0:
+        # The last program to come has outlived every other's look at the pointers.
+        tl.debug_barrier()
+        if tl.atomic_add(ticket, 1, sem="relaxed") == tl.num_programs(0) - 1:
+            tl.store(ticket, 0)
+            tl.store(pointer_ + row, capacity // 3 * 2, mask=full)
 
 
 @functools.cache  # for good: captured steps hold its address
 def _tickets(device: torch.device, batch: int) -> Tensor:
-    """How many heads of each row are done; every launch leaves zeros behind, so all layers share it."""
-    return torch.zeros(batch, dtype=torch.int32, device=device)
+    """How many heads of each row are done, and how many programs; every launch leaves zeros, so all layers share it."""
+    return torch.zeros(batch + 1, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _warps(padded: int) -> int:
-    """Warps a program: few, so that many programs share a multiprocessor."""
+    """Warps a program: few, so that several programs share a multiprocessor."""
     return 8 if padded > 1024 else 4
 
 
@@ -236,38 +252,48 @@ def step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Te
     """
     batch, heads, _, size = query.shape
     groups = key.shape[1]
+    repeat, device = heads // groups, query.device
     width = store.slots + store.reconstruct
     padded = max(16, triton.next_power_of_2(width))
     dim_pad = max(16, triton.next_power_of_2(size))
-    block = min(padded, max(16, _TILE // dim_pad))
-    repeat = heads // groups
-    out = torch.empty((batch, 1, heads, size), dtype=query.dtype, device=query.device)
-    scratch = functools.partial(torch.empty, device=query.device)
+    out = torch.empty((batch, 1, heads, size), dtype=query.dtype, device=device)
+    scratch = functools.partial(torch.empty, device=device)
     auv = policy if isinstance(policy, AUV) else None
     unused = store.longest
     state = ([store.state[name] for name in policy.state] + [unused] * 3)[:3]
-    folded = (store.folded_key, store.folded_value, store.folded_mass) if store.reconstruct else (unused,) * 3
-    tickets, active = _tickets(query.device, batch), store.active.view(torch.uint8)
-    warps = _warps(padded)
+    tickets, active = _tickets(device, batch), store.active.view(torch.uint8)
     memory = (store.keys[0], store.values[0], store.positions, store.valid.view(torch.uint8), *state)
-    sizes = {"DIM": size, "DIM_PAD": dim_pad, "BLOCK": block, "PADDED": padded}
-    _step_kernel[(batch * groups,)](
-        query, key, value, out, *memory,
-        store.capacity, store.pointer, store.seen, store.longest, active, tickets,
-        scratch(batch * heads * padded if padded != block else 1, dtype=torch.float32),
+    rows = (store.capacity, store.pointer, store.seen, store.longest, active, tickets)
+    numbers = (
         scale, (auv.top_k or 0) if auv else 0,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1), store.slots,
-        POLICY=_POLICIES[type(policy)], RECONSTRUCT=int(store.reconstruct), GROUPS=groups, REPEAT=repeat,
-        REPEAT_PAD=max(16, triton.next_power_of_2(repeat)), **sizes,
-        UPCAST=query.dtype == torch.bfloat16 and query.device.type == "cpu",
-        num_warps=warps, num_stages=2,
     )  # fmt: skip
+    what = {"POLICY": _POLICIES[type(policy)], "RECONSTRUCT": int(store.reconstruct), "GROUPS": groups}
+    sizes = {"DIM": size, "DIM_PAD": dim_pad}
+    if repeat == 1 and padded <= _WARP_SLOTS and batch * groups > _FEW * _processors(device):
+        block = max(16, _WARP_TILE // dim_pad)
+        warp_step_kernel[(batch * groups,)](
+            query, key, value, out, *memory, *rows, *numbers,
+            **what, **sizes, BLOCK=block, BLOCKS=triton.cdiv(padded, block), num_warps=1,
+        )  # fmt: skip
+    else:
+        block = min(padded, max(16, _TILE // dim_pad))
+        _step_kernel[(batch * groups,)](
+            query, key, value, out, *memory, *rows,
+            scratch(batch * heads * padded if padded != block else 1, dtype=torch.float32), *numbers,
+            **what, REPEAT=repeat, REPEAT_PAD=max(16, triton.next_power_of_2(repeat)),
+            **sizes, BLOCK=block, PADDED=padded, UPCAST=query.dtype == torch.bfloat16 and device.type == "cpu",
+            num_warps=_warps(padded), num_stages=2,
+        )  # fmt: skip
     if auv:
+        folded = (store.folded_key, store.folded_value, store.folded_mass) if store.reconstruct else (unused,) * 3
         weights = scratch(batch * groups * padded, dtype=torch.float32)
         targets = scratch(batch * groups * padded, dtype=torch.int32)
-        _evict_kernel[(batch * groups,)](
-            *memory, store.capacity, store.pointer, active, *folded, tickets, weights, targets, auv.decay, store.slots,
-            RECONSTRUCT=int(store.reconstruct), GROUPS=groups, **sizes, num_warps=warps,
+        _evict_kernel[(min(batch * groups, _EVICTING * _processors(device)),)](
+            *memory, store.capacity, store.pointer, active, *folded, tickets[batch:], weights, targets, auv.decay,
+            store.slots, batch,
+            RECONSTRUCT=int(store.reconstruct), GROUPS=groups, **sizes,
+            BLOCK=min(padded, _EVICT_SLOTS), PADDED=padded, ROWS=triton.next_power_of_2(batch), num_warps=4,
         )  # fmt: skip
     store.decoded()
     return out

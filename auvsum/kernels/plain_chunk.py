@@ -47,17 +47,19 @@ class PlainAttention(ChunkAttention):
     def scratch(self) -> tuple[Tensor, ...]:
         return () if self.kept is None else (self.kept,)
 
-    def column_sums(self, weights: Tensor | None = None) -> Tensor:
+    def column_sums(self, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
         heads, groups = self.query.shape[1], self.key.shape[1]
         if weights is None:
             weights = torch.ones((groups, self.query.shape[2]))
         weights = weights.repeat_interleave(heads // groups, 0)[:, None]  # [H, 1, T]
         if self.kept is not None:
-            sums = (weights @ self.kept)[:, 0]
+            sums = (weights @ (self.kept if power == 1 else self.kept.pow(power)))[:, 0]
         else:
             sums = torch.zeros((heads, self.key.shape[2]))
             for head, start, probabilities in _blocks(self.query, self.key, self.scaling, self.past, self.folded):
                 rows, columns = probabilities.shape
+                if power != 1:
+                    probabilities.pow_(power)
                 sums[head, :columns] += (weights[head, :, start : start + rows] @ probabilities)[0]
         return sums.view(groups, heads // groups, -1).mean(1)
 

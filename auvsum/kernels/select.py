@@ -31,3 +31,48 @@ def largest(key, count, PADDED: tl.constexpr):
         found = tl.where(reached >= count, reached, found)
         bit -= 1
     return key >= threshold
+
+
+@triton.jit
+def most_attended(a, live, positions, seen, at, slot, count, PADDED: tl.constexpr):
+    """True at the `count` live slots with the largest probabilities `a`; of equal ones the newer. Any shape.
+
+    The threshold is found bit by bit in `a` alone, two bits a round: one sum counts how many reach each of three
+    thresholds. Positions are loaded only when equal probabilities lie across the border.
+
+    Args:
+        positions: addresses of the slots' positions. at: the slot of the newest token, whose position is `seen`.
+    """
+    # Three counts in one number: 30 bits hold those of 512 slots.
+    FIELD: tl.constexpr = 10 if PADDED <= 512 else 20
+    count_type: tl.constexpr = tl.int32 if PADDED <= 512 else tl.int64
+    bits = tl.where(live, a.to(tl.int32, bitcast=True), -1)
+    threshold = tl.full((), 0, tl.int32)
+    found = tl.sum(live.to(tl.int32))
+    shift = tl.full((), 28, tl.int32)  # probabilities are at most 1, or little above
+    while (shift >= 0) & (found != count):
+        step = tl.full((), 1, tl.int32) << shift
+        reached = (bits >= threshold + step).to(count_type)
+        reached += (bits >= threshold + 2 * step).to(count_type) << FIELD
+        reached += (bits >= threshold + 3 * step).to(count_type) << (2 * FIELD)
+        reached = tl.sum(reached)
+        one = (reached & ((1 << FIELD) - 1)).to(tl.int32)
+        two = ((reached >> FIELD) & ((1 << FIELD) - 1)).to(tl.int32)
+        three = (reached >> (2 * FIELD)).to(tl.int32)
+        found = tl.where(three >= count, three, tl.where(two >= count, two, tl.where(one >= count, one, found)))
+        threshold += step * ((one >= count).to(tl.int32) + (two >= count).to(tl.int32) + (three >= count).to(tl.int32))
+        shift -= 2
+    chosen = bits >= threshold
+    if found != count:
+        position = tl.where(slot == at, seen, tl.load(positions, mask=live & (slot != at), other=-1))
+        tied = tl.where(bits == threshold, position, -1)
+        wanted = count - tl.sum((bits > threshold).to(tl.int32))
+        # The newest `wanted` of the tied: their positions are a threshold of their own.
+        newest = tl.full((), 0, tl.int32)
+        bit = tl.full((), 30, tl.int32)
+        while bit >= 0:
+            higher = newest | (tl.full((), 1, tl.int32) << bit)
+            newest = tl.where(tl.sum((tied >= higher).to(tl.int32)) >= wanted, higher, newest)
+            bit -= 1
+        chosen = (bits > threshold) | (tied >= newest)
+    return chosen

@@ -31,7 +31,8 @@ _SPELLED = {
         re.findall(r"\w+", "zero one two three four five six seven eight nine ten eleven twelve")
     )
 }
-_COMMON = frozenset(
+#: Words that tell nothing about what a text is about.
+COMMON = frozenset(
     re.findall(
         r"\w+",
         "a an and are as at be been but by can could did do does for from had has have he her his i if in into is it "
@@ -156,7 +157,7 @@ def _stem(word: str) -> str:
 
 
 def _content(text: str) -> frozenset[str]:
-    return frozenset(word for word in _words(text) if word not in _COMMON)
+    return frozenset(word for word in _words(text) if word not in COMMON)
 
 
 def _claims(sentence: str) -> Iterator[tuple[str, str]]:
@@ -173,7 +174,7 @@ def _claims(sentence: str) -> Iterator[tuple[str, str]]:
 
 def _supported(kind: str, claim: str, known: set[str]) -> bool:
     """Whether the document has every word of a name, or the number, somewhere."""
-    return all(form in known or form in _COMMON for form in _forms(claim))
+    return all(form in known or form in COMMON for form in _forms(claim))
 
 
 def _place(text: str, found: _Best, pages: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def join_hyphens(text: str, *, eager: bool) -> str:
     """
     if "-\n" not in text and "‐\n" not in text:
         return text
-    words = set(re.findall(r"\w+(?:-\w+)*", text))
+    words = {match[0] for match in re.finditer(r"\w+(?:-\w+)*", text)}  # each once, however long the text
 
     def joined(match: re.Match[str]) -> str:
         first, second = match[1], match[2]

@@ -40,6 +40,11 @@ class Prompt:
     template: str
     max_new_tokens: int
 
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens that are not the document."""
+        return len(self.ids) - (self.document[1] - self.document[0])
+
 
 def build_prompt(
     tokenizer: Any,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W\d_a-z]|[-*•\d])|(?<=[。！？])")
@@ -19,10 +20,23 @@ Count = Callable[[Sequence[str]], list[int]]
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a text. `heading` is the last heading before it, or its own first line; may be empty."""
+    """A stretch of a text, without a copy of it.
 
-    text: str
+    Attributes:
+        heading: the last heading before it, or its own first line; may be empty.
+        tokens: how many its pieces have.
+    """
+
+    source: str
+    start: int
+    end: int
     heading: str
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """The stretch, without blanks around it."""
+        return self.source[self.start : self.end].strip()
 
 
 def sentences(text: str) -> list[str]:
@@ -37,87 +51,85 @@ def cut(text: str, room: int, count: Count) -> list[Window]:
         count: how many tokens each of some strings has.
     """
     units = list(_units(text, room, count))
-    total = sum(tokens for _, tokens in units)
+    total = sum(tokens for _, _, tokens in units)
     number = -(-total // room)
     windows: list[Window] = []
     heading = ""
-    parts: list[str] = []
-    held = done = 0
-    for unit, tokens in units:
+    start = end = held = done = 0
+    for unit_start, unit_end, tokens in units:
         # The next window begins where its share of the text does, or where this one is full.
-        if parts and (held + tokens > room or done >= total * (len(windows) + 1) / number):
-            windows.append(_window(parts, heading))
-            heading, parts, held = _last_heading(parts) or heading, [], 0
-        parts.append(unit)
+        if held and (held + tokens > room or done >= total * (len(windows) + 1) / number):
+            windows.append(_window(text, start, end, heading, held))
+            heading, start, held = _last_heading(text[start:end]) or heading, unit_start, 0
+        end = unit_end
         held += tokens
         done += tokens
-    if parts:
-        windows.append(_window(parts, heading))
+    if held:
+        windows.append(_window(text, start, end, heading, held))
     return windows
 
 
-def _window(parts: list[str], heading: str) -> Window:
-    text = "".join(parts).strip()
-    first = text.partition("\n")[0].strip()
-    return Window(text, first if _is_heading(first) else heading)
+def _window(text: str, start: int, end: int, heading: str, tokens: int) -> Window:
+    first = text[start:end].strip().partition("\n")[0].strip()
+    return Window(text, start, end, first if _is_heading(first) else heading, tokens)
 
 
 def _is_heading(line: str) -> bool:
     return len(line) <= 100 and bool(_HEADING.fullmatch(line) or (line.isupper() and len(line) > 3))
 
 
-def _last_heading(parts: list[str]) -> str:
-    lines = [line.strip() for part in parts for line in part.split("\n")]
-    return next((line for line in reversed(lines) if _is_heading(line)), "")
+def _last_heading(text: str) -> str:
+    lines = (line.strip() for line in reversed(text.split("\n")))
+    return next((line for line in lines if _is_heading(line)), "")
 
 
-def _units(text: str, room: int, count: Count) -> Iterator[tuple[str, int]]:
-    """Pieces with their token counts: paragraphs, of the long ones the sentences, of those that do not fit slices."""
-    for paragraph, tokens in _counted(_split(text, _PARAGRAPH_END), count):
+Unit = tuple[int, int, int]
+
+
+def _units(text: str, room: int, count: Count) -> Iterator[Unit]:
+    """Start, end and tokens of pieces: paragraphs, of the long ones the sentences, of those that do not fit slices."""
+    for start, end, tokens in _counted(text, _split(text, 0, len(text), _PARAGRAPH_END), count):
         if tokens <= room // 3:
-            yield paragraph, tokens
+            yield start, end, tokens
             continue
-        for sentence, some in _counted(_split(paragraph, _SENTENCE_END), count):
+        for first, last, some in _counted(text, _split(text, start, end, _SENTENCE_END), count):
             if some <= room:
-                yield sentence, some
+                yield first, last, some
             else:
-                yield from _sliced(sentence, some, room, count)
+                yield from _sliced(text, first, last, some, room, count)
 
 
-def _sliced(text: str, tokens: int, room: int, count: Count) -> Iterator[tuple[str, int]]:
+def _sliced(text: str, start: int, stop: int, tokens: int, room: int, count: Count) -> Iterator[Unit]:
     """A run of text without any end of a sentence, at blanks where there are some."""
-    size = max(1, len(text) * room // (tokens * 2))
-    start = 0
-    while start < len(text):
-        end = start + size
+    size = max(1, (stop - start) * room // (tokens * 2))
+    while start < stop:
+        end = min(stop, start + size)
         blank = text.rfind(" ", start + size // 2, end)
-        end = blank + 1 if blank > 0 and end < len(text) else end
-        piece = text[start:end]
-        tokens_here = count([piece])[0]
-        if tokens_here > room and len(piece) > 1:
-            yield from _sliced(piece, tokens_here, room, count)
+        end = blank + 1 if blank > 0 and end < stop else end
+        here = count([text[start:end]])[0]
+        if here > room and end - start > 1:
+            yield from _sliced(text, start, end, here, room, count)
         else:
-            yield piece, tokens_here
+            yield start, end, here
         start = end
 
 
-def _split(text: str, end: re.Pattern[str]) -> Iterator[str]:
-    """The text in pieces, each with the blanks that follow it."""
-    start = 0
-    for match in end.finditer(text):
+def _split(text: str, start: int, stop: int, separator: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+    """The stretch in pieces, each with the blanks that follow it."""
+    for match in separator.finditer(text, start, stop):
         if match.end() > start:
-            yield text[start : match.end()]
+            yield start, match.end()
             start = match.end()
-    if start < len(text):
-        yield text[start:]
+    if start < stop:
+        yield start, stop
 
 
-def _counted(pieces: Iterator[str], count: Count) -> Iterator[tuple[str, int]]:
-    batch: list[str] = []
-    for piece in pieces:
-        batch.append(piece)
-        if len(batch) == _AT_ONCE:
-            yield from zip(batch, count(batch), strict=True)
+def _counted(text: str, pieces: Iterator[tuple[int, int]], count: Count) -> Iterator[Unit]:
+    batch: list[tuple[int, int]] = []
+    for piece in chain(pieces, (None,)):
+        if piece is not None:
+            batch.append(piece)
+        if batch and (piece is None or len(batch) == _AT_ONCE):
+            counts = count([text[start:end] for start, end in batch])
+            yield from ((start, end, tokens) for (start, end), tokens in zip(batch, counts, strict=True))
             batch = []
-    if batch:
-        yield from zip(batch, count(batch), strict=True)

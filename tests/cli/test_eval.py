@@ -156,6 +156,109 @@ def test_runs_of_different_documents_are_not_compared(cli: Cli, common: list[str
     one_line(result.err)
 
 
+def test_neither_a_plot_nor_a_page_mixes_documents(cli: Cli, common: list[str], done: Path, one_line) -> None:
+    write(cli.folder / "rows.jsonl", documents(3))
+    assert cli.inside(*common, "--out", "runs/b").code == 0
+    for command in (["plot"], ["report", "--html"]):
+        result = cli.inside(*command, "runs/a", "runs/b")
+        assert result.code == 2
+        assert "3 of 3 and 4" in result.err
+        one_line(result.err)
+
+
+def test_a_run_does_not_go_on_with_other_documents(cli: Cli, common: list[str], done: Path) -> None:
+    lines = (done / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (done / "samples.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    rows = documents()
+    rows[1]["document"] += " One more sentence."
+    write(cli.folder / "rows.jsonl", rows)
+    result = cli.inside(*common, "--out", "runs/a", "--resume")
+    assert result.code == 2
+    assert "measured another document as d1" in result.err
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("samples.jsonl", lambda text: '{"a": 1}\n' + text, "line 1 is no measured document"),
+        ("samples.jsonl", lambda text: "5\n" + text, "line 1 is no measured document"),
+        ("samples.jsonl", lambda text: "{\n" + text, "line 1 is not JSON"),
+        ("samples.jsonl", lambda _: "", "holds no measured documents"),
+        ("samples.jsonl", lambda text: re.sub(r'"nats": [-0-9.e]+', '"nats": NaN', text), "a score is nan"),
+        ("samples.jsonl", lambda text: text.replace("auv @ 24", "auv @ 25"), "has no row 'auv @ 24'"),
+        ("config.yaml", lambda text: text + "colour: red\n", "unknown key 'colour'"),
+        ("config.yaml", lambda _: "- 1\n", "does not hold a configuration"),
+        ("config.yaml", lambda _: "a: [", "is not a run: no readable config.yaml"),
+    ],
+)
+def test_a_damaged_run_is_refused(cli: Cli, done: Path, file: str, change, message: str, one_line) -> None:
+    (done / file).write_text(change((done / file).read_text(encoding="utf-8")), encoding="utf-8")
+    result = cli.inside("score", "runs/a")
+    assert result.code in (1, 2), result.err
+    assert message in result.err
+    one_line(result.err)
+
+
+def test_a_folder_that_is_no_run_is_neither_read_nor_written(cli: Cli, common: list[str], done: Path, one_line) -> None:
+    other = cli.folder / "letters"
+    other.mkdir()
+    (other / "mother.txt").write_text("Dear mother", encoding="utf-8")
+    for command in ([*common, "--out", "letters"], ["score", "letters"], ["compare", "letters"], ["plot", "letters"]):
+        result = cli.inside(*command)
+        assert result.code == 2, command
+        assert "not" in result.err
+        assert "a run" in result.err
+        one_line(result.err)
+    assert [file.name for file in other.iterdir()] == ["mother.txt"]
+    (done / "metrics.json").write_text('{"rows": 5}', encoding="utf-8")
+    result = cli.inside("compare", "runs/a")
+    assert result.code == 2
+    assert "auvsum score runs/a" in result.err
+
+
+def test_a_run_that_was_stopped_says_so(cli: Cli, done: Path) -> None:
+    lines = (done / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (done / "samples.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
+    assert "the run is not finished: 3 of 4 documents" in cli.inside("score", "runs/a").text
+
+
+def test_kvpress_is_shown_beside_the_run_of_its_documents(cli: Cli, done: Path, one_line) -> None:
+    metrics = json.loads((done / "metrics.json").read_text(encoding="utf-8"))
+    press = {"press": "KVzipPress", "budget": "24", "agreement": [0.5, 0.7], "nats": [0.25, 0.35]}
+    peer = {
+        "benchmark": "kvpress",
+        "versions": {"kvpress": "0.5.5"},
+        "model": metrics["config"]["model"],
+        "dtype": "float32",
+        "dataset": "rows.jsonl",
+        "documents": ["d1", "d3"],
+        "rows": [press],
+    }
+    file = cli.folder / "peer.json"
+    file.write_text(json.dumps(peer), encoding="utf-8")
+    text = cli.inside("report", "runs/a", "--peer", "peer.json").text
+    assert "The same 2 documents" in text
+    assert "| kvpress KVzipPress @ 24 | 0.600 | 0.300 |" in text
+    own = metrics["rows"]["h2o @ 24"]["documents"]
+    agree, nats = ((own[metric][1] + own[metric][3]) / 2 for metric in ("agreement", "nats"))
+    assert f"| h2o @ 24 | {agree:.3f} | {nats:.3f} |" in text
+    file.write_text("{}", encoding="utf-8")
+    result = cli.inside("report", "runs/a", "--peer", "peer.json")
+    assert result.code == 2
+    assert "no result of kvpress" in result.err
+    one_line(result.err)
+
+
+def test_writing_and_scoring_may_be_apart(cli: Cli, common: list[str], done: Path) -> None:
+    result = cli.inside(*common, "--out", "runs/b", "--write-only")
+    assert result.code == 0, result.err
+    assert result.out == b""
+    assert "type: auvsum score runs/b" in result.err
+    assert not (cli.folder / "runs/b/metrics.json").exists()
+    assert cli.inside("score", "runs/b").code == 0
+    assert (cli.folder / "runs/b/metrics.json").read_bytes() == (done / "metrics.json").read_bytes()
+
+
 def test_documents_that_cannot_be_measured_are_told_and_the_others_go_on(cli: Cli, common: list[str]) -> None:
     rows = documents(3)
     rows[0]["document"] = "  "

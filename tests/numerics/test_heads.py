@@ -15,6 +15,7 @@ from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.engine.generate import Engine, Request
 from auvsum.errors import PolicyError
 from auvsum.events import Finished, Prefilled
+from auvsum.kernels.column_scores import attend_chunk
 from tests import tiny
 from tests.numerics import harness
 
@@ -56,7 +57,7 @@ class Naive:
                     out[0, token, head] = weights @ values
                     for p, weight in zip(alive, weights.tolist(), strict=True):
                         place = (layer, group, p)
-                        self.paid[place] = self.paid.get(place, 0.0) + weight * self.groups / heads
+                        self.paid[place] = self.paid.get(place, 0.0) + weight**self.policy.power * self.groups / heads
         return out, None
 
     def call(self, ids: list[int], start: int) -> Tensor:
@@ -80,6 +81,18 @@ class Naive:
                 found[layer, group, position] = paid / count
         return found
 
+    def ask(self, ids: list[int], tail: int) -> Tensor:
+        """The same of the prompt's own last tokens, which are read again for it."""
+        self.prompt = len(ids) - tail
+        self.forget()
+        self.paid = {}
+        self.call(ids[-tail:], self.prompt)
+        self.prompt = len(ids)
+        found = torch.zeros(self.layers, self.groups, self.prompt)
+        for place, paid in self.paid.items():
+            found[place] = paid / tail
+        return found
+
     def forget(self) -> None:
         for layer in range(self.layers):
             for group in range(self.groups):
@@ -101,7 +114,7 @@ class Naive:
             for group in range(self.groups):
                 self.alive[layer][group] = [p for p in range(self.prompt) if (layer, group, p) in kept]
             self.room[layer] = sum(map(len, self.alive[layer]))
-        self.paid = {place: float(score[place]) * self.policy.prior for place in kept}
+        self.paid = {place: float(score[place]) ** self.policy.power * self.policy.prior for place in kept}
         self.write, self.first = write, self.prompt
 
     def evict(self, now: int) -> None:
@@ -117,7 +130,7 @@ class Naive:
                 for position in old:
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
-                    score = self.paid[layer, group, position] / queries * norm
+                    score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
                     ranked.append((float("inf") if position == old[0] else score, group, position))
             ranked.sort(reverse=True)
             gone = {(group, position) for _, group, position in ranked[self.room[layer] :]}
@@ -126,7 +139,10 @@ class Naive:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", [{}, {"draft": 0, "value_norm": False}, {"look": 0.0, "lead": 20, "weight": 0.9}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"draft": 0, "power": 1.0, "value_norm": True}, {"look": 0.0, "lead": 20, "ask": 0.0}],
+)
 def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) -> None:
     model = MODELS[name]()
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
@@ -151,14 +167,15 @@ def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) 
             token = int(naive.call([token], PROMPT + place)[-1].argmax())
         naive.forget()
         drafted = naive.look(calls, chained=True)
-    for mine, theirs in ((look.looked, looked), (look.drafted, drafted)):
+    asked = naive.ask(ids, PROMPT - span[1]) if policy.ask else None
+    for mine, theirs in ((look.looked, looked), (look.drafted, drafted), (look.asked, asked)):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     cache.settle(0, look)
     room, write = policy.regions(slots, head_dim=model.config.hidden_size // model.config.num_attention_heads,
                                  element_bytes=4, bits=16)  # fmt: skip
-    naive.settle(policy.blend(look.looked, look.drafted), room, write)
+    naive.settle(policy.blend(look.looked, look.drafted, look.asked), room, write)
     counts = set()
     for step, token in enumerate(stream[PROMPT:]):
         for layer in range(naive.layers):
@@ -357,7 +374,15 @@ def test_what_it_cannot_do_is_said() -> None:
             model(torch.tensor([[1]]), past_key_values=cache)
         with pytest.raises(PolicyError, match="nothing tells which tokens to keep"):
             cache.settle(0, None)
-    for options in ({"look": 2.0}, {"weight": -1.0}, {"draft": -1}, {"prior": 0}, {"look": 0.0, "lead": 0, "draft": 0}):
+    for options in (
+        {"look": 2.0},
+        {"weight": -1.0},
+        {"draft": -1},
+        {"prior": 0},
+        {"ask": 2.0},
+        {"power": 0.0},
+        {"look": 0.0, "lead": 0, "draft": 0},
+    ):
         with pytest.raises(PolicyError):
             AUVLook(**options)
 
@@ -375,3 +400,14 @@ def test_a_prompt_that_fills_the_positions_is_looked_at_with_what_is_left() -> N
     assert look.looked is not None
     assert bool(look.looked.isfinite().all())
     assert look.drafted is not None
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_powers_of_attention_are_summed_without_its_matrix(power: float) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16)
+    _, attention = attend_chunk(query, key, value, 0.25, 21)
+    logits = query @ key.repeat_interleave(2, 1).mT * 0.25
+    hidden = torch.ones(9, 30, dtype=torch.bool).triu(22)
+    want = logits.masked_fill(hidden, -torch.inf).softmax(-1).pow(power).sum(2).view(2, 2, 30).mean(1)
+    torch.testing.assert_close(attention.column_sums(power=power), want, rtol=1e-4, atol=1e-6)

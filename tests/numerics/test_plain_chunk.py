@@ -42,6 +42,8 @@ def test_equals_the_fused_attention(block: int, past: int, with_folded: bool, mo
     weights = torch.rand(GROUPS, chunk) + 0.5
     torch.testing.assert_close(seen.column_sums(weights), fused.column_sums(weights), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=1e-4, atol=1e-5)
+    squares = fused.column_sums(weights, power=2.0)
+    torch.testing.assert_close(seen.column_sums(weights, power=2.0), squares, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.last_rows(70), fused.last_rows(70), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(seen.keys_seen, fused.keys_seen)
     assert bool(seen.scratch) == (block == 512)  # the probabilities of a long chunk are never all there

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from auvsum.cache import attention
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import make_policy
 from auvsum.engine.generate import Engine, Request
 from auvsum.errors import GenerationFailed
 from auvsum.eval.lockstep import Start, Written, write_together
 from auvsum.events import Finished
+from auvsum.kernels import plain_chunk
 from tests import tiny
 
 NEW = 24
@@ -102,3 +104,36 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         model.model.decoder.layers[0].fc1.weight.fill_(torch.nan)
     with pytest.raises(GenerationFailed):
         write_together(model, prompts()[:1], [[]], max_new_tokens=4)
+
+
+def test_the_kernels_of_a_gpu_read_and_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter. A column that a policy chose as an expanded view once sent a kernel outside its memory."""
+    pytest.importorskip("triton")
+    from auvsum.kernels import decode_step, squeeze
+
+    model = tiny.tiny_llama()
+    asked = [[Start(make_policy(name), slots) for name in (*POLICIES, "auv-v1", "auv-look") for slots in (36, 48)]] * 2
+    plain = write_together(model, prompts(), asked, max_new_tokens=12)
+    monkeypatch.setattr(attention, "fused_step", lambda _: decode_step)
+    monkeypatch.setattr(attention, "fused_squeeze", lambda _: squeeze)
+    fused = write_together(model, prompts(), asked, max_new_tokens=12)
+    for (full, others), (full_fused, others_fused) in zip(plain, fused, strict=True):
+        assert full.token_ids == full_fused.token_ids
+        for start, one, other in zip(asked[0], others, others_fused, strict=True):
+            assert one.token_ids == other.token_ids, start.policy.name
+            assert other.lost == pytest.approx(one.lost, abs=1e-3), start.policy.name
+            assert torch.equal(one.kept, other.kept), start.policy.name
+
+
+def test_the_plain_products_of_a_cpu_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are for bf16; in fp32 the caches' choices can be compared exactly."""
+    model = tiny.tiny_llama()
+    asked = [[Start(make_policy(name), 36) for name in (*POLICIES, "auv-look")]] * 2
+    fused = write_together(model, prompts(), asked, max_new_tokens=12)
+    monkeypatch.setattr(plain_chunk, "pays", lambda query: query.shape[2] > 1)
+    plain = write_together(model, prompts(), asked, max_new_tokens=12)
+    for (full, others), (full_plain, others_plain) in zip(fused, plain, strict=True):
+        assert full.token_ids == full_plain.token_ids
+        for start, one, other in zip(asked[0], others, others_plain, strict=True):
+            assert one.token_ids == other.token_ids, start.policy.name
+            assert torch.equal(one.kept, other.kept), start.policy.name

@@ -12,11 +12,12 @@ from auvsum.budget import CacheShape
 from auvsum.errors import ConfigError, DatasetError, MetricError, RunError
 from auvsum.eval.cells import cells, resolved, shade, tenths
 from auvsum.eval.config import EvalConfig, split_list, split_policy
-from auvsum.eval.datasets import load_examples, sample_file
+from auvsum.eval.datasets import Example, load_examples, sample_file
 from auvsum.eval.encoder import Encoder
 from auvsum.eval.metrics import Rouge, estimate, paired, rouge_sees
 from auvsum.eval.plots import pareto
 from auvsum.eval.recipes import configurations
+from auvsum.eval.runner import select
 from auvsum.eval.runs import Run
 from auvsum.eval.texts import arrange, first_words, lexrank, paragraphs, sentences
 
@@ -163,11 +164,12 @@ def test_a_number_that_is_none_never_reaches_a_file(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(ValueError, match="JSON"):
         run.append({"nats": math.nan})
-    run.append({"id": "a"})
+    rest = {"sha256": "", "error": None, "rows": {}}
+    run.append({"id": "a", **rest})
     with (tmp_path / "samples.jsonl").open("a") as killed:
         killed.write('{"id": "b", "ro')
     assert [sample["id"] for sample in run.samples()] == ["a"]
-    run.append({"id": "c"})
+    run.append({"id": "c", **rest})
     assert [sample["id"] for sample in run.samples()] == ["a", "c"]
 
 
@@ -217,3 +219,19 @@ def test_the_papers_recipes_are_configurations(recipe: Path) -> None:
     assert only[1].limit == 3
     with pytest.raises(ConfigError):
         configurations(recipe, {}, only=["nothing"])
+
+
+def test_a_half_has_every_other_row_of_the_file() -> None:
+    rows = [Example(str(i), "a document " * (i + 1), "a summary") for i in range(21)]
+    halves = {
+        half: [row.id for row in select(EvalConfig(dataset="mine.jsonl", half=half), rows)[1]]
+        for half in ("even", "odd", "all")
+    }
+    assert halves["odd"] == [str(i) for i in range(1, 21, 2)]
+    assert halves["even"] == [str(i) for i in range(0, 21, 2)]
+    assert len(halves["all"]) == 21
+    drawn = [row.id for row in select(EvalConfig(dataset="mine.jsonl", half="odd", limit=4, shots=5), rows)[1]]
+    assert len(drawn) == 4
+    assert set(drawn) <= set(halves["odd"])
+    with pytest.raises(ConfigError, match="half"):
+        EvalConfig(half="first")

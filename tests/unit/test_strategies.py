@@ -67,16 +67,16 @@ def test_every_strategy_reads_all_of_a_long_document(family: str, strategy: str,
 
 def test_the_summary_of_map_reduce_is_that_of_its_windows_summaries(folders: dict[str, str]) -> None:
     """By hand: cut, summarize each window by itself, join under headings, summarize."""
-    from auvsum import strategies
+    from auvsum import rounds
 
     model = summarizer(folders["llama"], strategy="map-reduce", window=500, budget="60%")
     plan = model.plan(LONG)
-    how = strategies.mapping(plan.prompt, model.settings, model.loaded, plan.max_new_tokens)
-    windows = strategies.cut_windows(LONG, how.room, model.loaded.tokenizer)
+    how = rounds.mapping(plan.prompt, model.settings, model.loaded, plan.max_new_tokens)
+    windows = rounds.cut_windows(LONG, how.room, model.loaded.tokenizer)
     assert len(windows) > 2
     alone = summarizer(folders["llama"], strategy="single", budget="60%", max_tokens=how.max_new_tokens)
     parts = [alone.summarize(window.text).text for window in windows]
-    joined = strategies._join(windows, parts)
+    joined = rounds.join(windows, parts)
     assert joined.count("# Part") >= 2
     assert model.summarize(LONG).text == alone.summarize(joined).text
 
@@ -130,3 +130,89 @@ def test_a_long_text_tokenizes_in_pieces_as_it_does_whole(folders: dict[str, str
     # One that puts a mark before every text would change: it gets the text whole.
     marking = type("Marking", (), {"encode": lambda self, part, **_: [0, *tokenizer.encode(part)]})()
     assert prompts.safe_pieces(marking, text) == [text]
+
+
+def test_windows_of_several_documents_are_written_together(folders: dict[str, str]) -> None:
+    """Map-reduce of a folder: the same summaries as one by one, in the order of the documents, failures apart."""
+    from auvsum.batch import Failure
+    from auvsum.events import DocumentDone, DocumentStarted
+    from auvsum.summarize import Summary
+    from auvsum.text.readers import Document
+
+    texts = [LONG, SENTENCE * 2, LONG.replace("bridge", "tower"), "  ", LONG.replace("hall", "square")]
+    documents = [Document(str(i), text, "utf-8", warnings=(f"note {i}",)) for i, text in enumerate(texts)]
+    model = summarizer(folders["llama"], window=500, budget="400", batch_size="3", cite=True)
+    engines: list[int] = []
+    made = model.engine
+    model.engine = lambda *given: engines.append(1) or made(*given)  # type: ignore[func-returns-value, method-assign]
+    events: list[Event] = []
+    together = list(model.run(documents, on_event=events.append))
+    assert len(engines) <= 3
+    assert isinstance(together[3], Failure)
+    alone = [model.summarize(text) for text in texts if text.strip()]
+    summaries = [summary for summary in together if isinstance(summary, Summary)]
+    assert [summary.text for summary in summaries] == [summary.text for summary in alone]
+    assert [summary.source for summary in summaries] == ["0", "1", "2", "4"]
+    assert all(f"note {summary.source}" in summary.warnings and summary.citations for summary in summaries)
+    assert summaries[0].generated_tokens == alone[0].generated_tokens > 16
+    assert [event.request for event in events if isinstance(event, DocumentStarted)] == [0, 1, 2, 4]
+    assert sorted(event.request for event in events if isinstance(event, DocumentDone)) == [0, 1, 2, 4]
+
+
+def test_a_document_whose_window_fails_stops_no_other(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from auvsum.batch import Failure
+    from auvsum.engine.generate import Engine
+    from auvsum.errors import GenerationFailed
+    from auvsum.summarize import Summary
+    from auvsum.text.readers import Document
+
+    drawn = Engine._draw
+
+    def broken(self: Engine, row: Any, logits: Any) -> int:
+        if row.index == 1 and len(row.written) == 3:
+            raise GenerationFailed("no numbers")
+        return drawn(self, row, logits)
+
+    monkeypatch.setattr(Engine, "_draw", broken)
+    model = summarizer(folders["llama"], window=500, budget="400", batch_size="3")
+    results = list(model.run([Document(str(i), LONG, "utf-8") for i in range(2)]))
+    assert isinstance(results[0], Failure)
+    assert isinstance(results[1], Summary)
+    with pytest.raises(GenerationFailed):
+        model.summarize(LONG)
+
+
+def test_a_question_to_a_long_document_is_asked_of_its_passages(folders: dict[str, str]) -> None:
+    text = LONG + "\n\nThe lighthouse keeper is called Marigold.\n\n" + LONG
+    model = summarizer(folders["llama"], query="who is the keeper of the lighthouse")
+    plan = model.plan(text)
+    assert plan.strategy == "map-reduce"
+    assert any("passages" in warning for warning in plan.warnings)
+    asked = model.summarize(text)
+    passage = "The lighthouse keeper is called Marigold."
+    alone = summarizer(folders["llama"], query="who is the keeper of the lighthouse").summarize(passage)
+    assert asked.text == alone.text
+    assert asked.record()["warnings"][0] == plan.warnings[0]
+    # Nothing in common: every window is asked.
+    assert any("windows" in warning for warning in summarizer(folders["llama"], query="xyz").plan(text).warnings)
+
+
+def test_a_very_long_text_is_never_tokenized_whole(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from auvsum import strategies
+
+    model = summarizer(folders["llama"])
+    whole = model.plan(LONG)
+    monkeypatch.setattr(strategies, "_CHARACTERS", 0.1)
+    plan = model.plan(LONG)
+    assert len(plan.prompt.ids) == plan.prompt.frame_tokens == whole.prompt.frame_tokens
+    assert plan.document_tokens == pytest.approx(whole.document_tokens, rel=0.02)
+    assert plan.prompt_tokens == plan.document_tokens + plan.prompt.frame_tokens
+    assert [window.text for window in plan.windows] == [window.text for window in whole.windows]
+    assert plan.budget.slots == whole.budget.slots
+    # One that fits after all is read as it would have been.
+    short = SENTENCE * 3
+    expected = model.summarize(short).text if model.plan(short).strategy == "map-reduce" else None
+    with monkeypatch.context() as patch:
+        patch.setattr(strategies, "_CHARACTERS", 64)
+        assert model.plan(short).strategy == "single"
+        assert model.summarize(short).text == expected

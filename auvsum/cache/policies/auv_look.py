@@ -26,27 +26,33 @@ _SLOT_BYTES = 4 + 4
 class AUVLook(Policy):
     """Before anything is dropped, the model looks at the prompt again; what its queries attend to is kept.
 
-    The scores are AUV's (eqs. 3 and 4: attention summed and divided by the number of queries that could pay it), but
-    the queries are not the prompt's own: they are pieces of the document read once more behind the prompt (KVzip, Kim
-    et al. 2025, reads all of it) and the first tokens of a summary that is drafted with the full cache and thrown away.
-    One ranking over the tokens of all layers and KV heads shares the budget out, so that every head has its own
-    number of slots. While it writes, new tokens gather in a write region; when that is full, the least of all the
-    layer's tokens go (multi-step eviction, §3.4), and those that stay are quantized as they are scattered into slots.
+    The scores are AUV's (eqs. 3 and 4: attention summed and divided by the number of queries that could pay it), of
+    squares and with the root taken at the end: errors of an output add up by their squares. The queries are not all of
+    the prompt's own: they are pieces of the document read once more behind the prompt (KVzip, Kim et al. 2025, reads
+    all of it), the first tokens of a summary that is drafted with the full cache and thrown away, and the prompt's last
+    tokens, behind the document, which say what is asked. One ranking over the tokens of all layers and KV heads shares
+    the budget out, so that every head has its own number of slots. While it writes, new tokens gather in a write
+    region; when that is full, the least of all the layer's tokens go (multi-step eviction, §3.4), and those that stay
+    are quantized as they are scattered into slots.
 
     Args:
         look: share of the document that is read again, in pieces spread over it; 0 for none.
         lead: tokens of the document's beginning that are read again in any case.
         draft: tokens of the summary that are drafted; 0 for none.
         weight: of the draft's queries, against the second reading's, in [0, 1].
+        ask: weight of the queries of what stands behind the document, against all others, in [0, 1].
+        power: of attention, of which the mean's root is the score: 1 is AUV's mean, 2 the root mean square.
         value_norm: whether a score is multiplied by the length of its value.
         prior: how many written tokens the prompt's score counts for, once writing has begun.
     """
 
     look: float = 0.25
     lead: int = 128
-    draft: int = 16
-    weight: float = 0.5
-    value_norm: bool = True
+    draft: int = 32
+    weight: float = 0.4
+    ask: float = 0.1
+    power: float = 2.0
+    value_norm: bool = False
     prior: int = 64
 
     name: ClassVar[str] = "auv-look"
@@ -59,20 +65,23 @@ class AUVLook(Policy):
     def __post_init__(self) -> None:
         if not 0 <= self.look <= 1:
             raise PolicyError(f"look is {self.look}", "it is a share of the document between 0 and 1")
-        if not 0 <= self.weight <= 1:
-            raise PolicyError(f"weight is {self.weight}", "it must be at least 0 and at most 1")
+        for name in ("weight", "ask"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PolicyError(f"{name} is {getattr(self, name)}", "it must be at least 0 and at most 1")
         for name in ("lead", "draft"):
             if getattr(self, name) < 0:
                 raise PolicyError(f"{name} is {getattr(self, name)}", "it is a number of tokens")
+        if self.power <= 0:
+            raise PolicyError(f"power is {self.power}", "it must be more than 0")
         if self.prior < 1:
             raise PolicyError(f"prior is {self.prior}", "it must be at least 1")
         if not (self.look or self.lead or self.draft):
             raise PolicyError("there is nothing to look with", "give it look, lead or draft")
 
     @property
-    def queries(self) -> tuple[float, int, int]:
+    def queries(self) -> tuple[object, ...]:
         """What the second look asks with: policies that agree in it can share one."""
-        return self.look, self.lead, self.draft
+        return self.power, self.look, self.lead, self.draft, self.ask > 0
 
     @property
     def least_slots(self) -> int:
@@ -103,15 +112,19 @@ class AUVLook(Policy):
             found += document[start : start + piece]
         return found
 
-    def blend(self, looked: Tensor | None, drafted: Tensor | None) -> Tensor:
-        """One score of the attention `[layers, G, n]` that both kinds of queries paid, mean a query; either may be
-        missing. The draft's scale is kept: written tokens will be compared with it."""
-        if looked is None or drafted is None:
-            found = drafted if looked is None else looked
-            assert found is not None
-            return found
-        scale = drafted.sum() / looked.sum().clamp_min(1e-20)
-        return torch.lerp(looked * scale, drafted, self.weight)
+    def blend(self, looked: Tensor | None, drafted: Tensor | None, asked: Tensor | None) -> Tensor:
+        """One score of the powers of attention `[layers, G, n]` that these queries paid, mean a query; some may be
+        missing, not all. The draft's scale is kept, where there is one: written tokens will be compared with it."""
+        shares = (
+            (drafted, self.weight * (1 - self.ask)),
+            (looked, (1 - self.weight) * (1 - self.ask)),
+            (asked, self.ask),
+        )
+        found = [(x.pow(1 / self.power), share) for x, share in shares if x is not None]
+        whole = sum(share for _, share in found)
+        scale = found[0][0].sum()
+        parts = [x * (share / whole if whole else 1.0) * (scale / x.sum().clamp_min(1e-20)) for x, share in found]
+        return torch.stack(parts).sum(0)
 
 
 POLICY = AUVLook

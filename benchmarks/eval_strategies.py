@@ -1,0 +1,332 @@
+"""Long documents: what each strategy makes of whole reports, beside the first words and LexRank of the same length.
+
+    python benchmarks/eval_strategies.py generate --data-dir DIR --out runs.jsonl          # resumable; a GPU: minutes
+    python benchmarks/eval_strategies.py fidelity --data-dir DIR --out runs.jsonl
+    python benchmarks/eval_strategies.py lexrank  --data-dir DIR --out runs.jsonl --jobs 8
+    python benchmarks/eval_strategies.py score    --data-dir DIR --out runs.jsonl --json benchmarks/results/long.json
+    python benchmarks/long_page.py                          # docs/LONG.md from all committed results about length
+
+A case is strategy:policy:budget, then key=value for other settings (window, chunk; part: tokens of a window's summary).
+`single` is measured on the documents that fit the model's positions, the others on all of them. Fidelity is what a
+strategy makes of the text that `single` with the full cache wrote: teacher-forced agreement, and nats a token lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+
+SETS = ["beigebook:40", "gao", "gov_leval", "qmsum", "plos"]
+FULL = "single:full:auto"
+AUTO = "map-reduce:auto:auto"
+CASES = [
+    FULL,
+    AUTO,
+    "stream:auv:1024:chunk=2048",
+    "stream:auv:512:chunk=2048",
+    "stream:auv:2048:chunk=2048",
+]
+LEXRANK = "lexrank"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["generate", "fidelity", "lexrank", "score"])
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sets", nargs="+", default=SETS, help="dataset, or dataset:N for its first N documents")
+    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--batch-size", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins after so many seconds")
+    parser.add_argument("--title", default="", help="of the table: where the summaries were written")
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    {"generate": generate, "fidelity": fidelity, "lexrank": lexrank, "score": score}[given.step](given)
+
+
+# -- documents and files ----------------------------------------------------------------------------------------------
+
+
+def documents(given: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """(dataset, example) of every document."""
+    from auvsum.eval.datasets import load_examples
+
+    for name in given.sets:
+        dataset, _, count = name.partition(":")
+        for example in load_examples(dataset, data_dir=given.data_dir)[: int(count) if count else None]:
+            yield dataset, example
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """What earlier runs have written; nothing where there was none."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Lines at the end of a file, on the disk at once."""
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, int | None]:
+    """The settings of a case, and the tokens of a window's summary where it names them."""
+    from auvsum.config import Settings
+
+    strategy, policy, budget, *options = case.split(":")
+    values: dict[str, Any] = {key: int(value) for key, value in (option.split("=") for option in options)}
+    part = values.pop("part", None)
+    base = {"model": given.model, "batch_size": given.batch_size, "device": given.device}
+    return Settings(**base, strategy=strategy, policy=policy, budget=budget, **values), part
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+def generate(given: argparse.Namespace) -> None:
+    """Summaries of all documents by all cases, as a user's `Summarizer.run` writes them."""
+    from auvsum import Summarizer, rounds
+    from auvsum.text.readers import Document
+
+    begun = time.perf_counter()
+    summarizer = Summarizer.from_settings(settings_of(given.cases[0], given)[0])
+    found = list(documents(given))
+    done = {(row["case"], row["set"], row["id"]) for row in rows_of(given.out) if "summary" in row}
+    tokenizer = summarizer.loaded.tokenizer
+    sizes = {example.id: len(tokenizer(example.document, verbose=False)["input_ids"]) for _, example in found}
+    for case in given.cases:
+        settings, part = settings_of(case, given)
+        fits = (summarizer.loaded.max_positions or sys.maxsize) - 300 if settings.strategy == "single" else sys.maxsize
+        todo = [
+            (name, example)
+            for name, example in found
+            if (case, name, example.id) not in done and sizes[example.id] <= fits
+        ]
+        if not todo or time.perf_counter() - begun > given.seconds:
+            continue
+        rounds.PART = part or rounds.PART
+        start = time.perf_counter()
+        texts = [Document(f"{name}/{example.id}", example.document, "utf-8") for name, example in todo]
+        with last_prompts() as prompts:
+            results = summarizer.with_settings(settings).run(texts)
+            for (name, _), result in zip(todo, results, strict=True):
+                append(given.out, [_row(case, name, result, prompts)])
+        seconds = time.perf_counter() - start
+        append(given.out, (_row(case, name, result, prompts) for (name, _), result in zip(todo, results, strict=True)))
+        print(f"{case}: {len(todo)} documents in {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def _row(case: str, name: str, result: Any, prompts: dict[str, list[int]]) -> dict[str, Any]:
+    record = result.record()
+    row = {"case": case, "set": name, "id": result.source.partition("/")[2], "summary": record["summary"]}
+    if record["error"]:
+        return {**row, "summary": "", "error": record["error"]["message"]}
+    return {
+        **row,
+        "strategy": record["strategy"],
+        "tokens": record["tokens"],
+        "slots": record["budget"]["slots"],
+        "kv_bytes": record["kv"]["peak_bytes"],
+        "token_ids": list(result.token_ids) if case == FULL else None,
+        "prompt": prompts.get(result.source) if record["tokens"]["document"] < 8192 else None,
+    }
+
+
+class last_prompts:
+    """While it is entered, notes the last prompt that each document of map-reduce came down to."""
+
+    def __enter__(self) -> dict[str, list[int]]:
+        from auvsum.rounds import Rounds
+
+        self._pieces, noted = Rounds.pieces, {}
+
+        def pieces(rounds: Any) -> Iterator[Any]:
+            for piece in self._pieces(rounds):
+                if piece.writing is not None and rounds.plan.strategy == "map-reduce":
+                    noted[rounds._source] = list(piece.request.ids)
+                yield piece
+
+        Rounds.pieces = pieces  # type: ignore[method-assign]
+        return noted
+
+    def __exit__(self, *error: object) -> None:
+        from auvsum.rounds import Rounds
+
+        Rounds.pieces = self._pieces  # type: ignore[method-assign]
+
+
+# -- fidelity ---------------------------------------------------------------------------------------------------------
+
+
+def fidelity(given: argparse.Namespace) -> None:
+    """Agreement and nats of each case along the full cache's own summaries, for the documents that have one."""
+    from auvsum import Summarizer
+    from auvsum.engine.generate import Request
+    from auvsum.text.prompts import Prompt
+
+    begun = time.perf_counter()
+    rows = rows_of(given.out)
+    written = {(r["set"], r["id"]): r["token_ids"] for r in rows if r["case"] == FULL and r.get("token_ids")}
+    prompts = {(r["case"], r["set"], r["id"]): r["prompt"] for r in rows if r.get("prompt")}
+    done = {(r["case"], r["set"], r["id"]) for r in rows if "nats" in r}
+    texts = {(name, example.id): example.document for name, example in documents(given)}
+    summarizer = Summarizer.from_settings(settings_of(FULL, given)[0])
+    own: dict[tuple[str, str], list[float]] = {}
+    for case in [FULL, *(case for case in given.cases if case != FULL)]:
+        mine = summarizer.with_settings(settings_of(case, given)[0])
+        keys, plans, requests = [], [], []
+        for key, ids in written.items():
+            if case != FULL and ((case, key[0], key[1]) in done or time.perf_counter() - begun > given.seconds):
+                continue
+            plan = mine.plan(texts[key])
+            if plan.strategy == "map-reduce":
+                last = prompts.get((case, key[0], key[1]))
+                if last is None:
+                    continue
+                full = summarizer.plan("text")
+                plan = replace(
+                    full,
+                    prompt=Prompt(tuple(last), (0, len(last)), "", 0),
+                    budget=replace(full.budget, slots=len(last) + len(ids) + 1),
+                )
+            keys.append(key)
+            plans.append(plan)
+            requests.append(Request(plan.prompt.ids, plan.budget.slots, len(ids), plan.parts, None, None))
+        for at in range(0, len(keys), 16):
+            some = slice(at, at + 16)
+            forced = _forced(mine, plans[at], requests[some], [written[key] for key in keys[some]])
+            for key, (best, chances) in zip(keys[some], forced, strict=True):
+                if case == FULL:
+                    own[key] = chances
+                    continue
+                lost = [a - b for a, b in zip(own[key], chances, strict=True)]
+                agree = [a == b for a, b in zip(best, written[key], strict=True)]
+                line = {"case": case, "set": key[0], "id": key[1], "nats": sum(lost) / len(lost)}
+                append(given.out, [{**line, "agreement": sum(agree) / len(agree)}])
+        print(f"fidelity of {case}: {len(keys)} documents", file=sys.stderr, flush=True)
+
+
+def _forced(
+    summarizer: Any, plan: Any, requests: list[Any], texts: list[list[int]]
+) -> list[tuple[list[int], list[float]]]:
+    """For each request the best token before each of a text's tokens, and the log-probability of that token itself."""
+    from auvsum.engine.generate import Engine
+    from auvsum.engine.sampling import Sampling
+
+    told: list[tuple[list[int], list[float]]] = [([], []) for _ in texts]
+
+    class Forced(Engine):
+        def _draw(self, row: Any, logits: Any) -> int:
+            token = texts[row.index][len(row.written)]
+            best, chances = told[row.index]
+            best.append(int(logits.argmax()))
+            chances.append(float(logits.float().log_softmax(-1)[token]))
+            return token
+
+        def _graph_for(self, cache: Any, longest: int) -> tuple[None, None]:
+            if self.device.type == "cuda":
+                super()._graph_for(cache, longest)  # for what it prepares; the step is taken one by one
+            return None, None
+
+    chunk = summarizer.settings.chunk if plan.strategy == "stream" else None
+    for _ in Forced(
+        summarizer.loaded.model, plan.policy, chunk=chunk, batch_size=len(requests), sampling=Sampling(), bits=plan.bits
+    ).run(requests):
+        pass
+    return told
+
+
+# -- LexRank ----------------------------------------------------------------------------------------------------------
+
+
+def lexrank(given: argparse.Namespace) -> None:
+    """LexRank's summary of each document, as long as `auto`'s."""
+    rows = rows_of(given.out)
+    done = {(row["set"], row["id"]) for row in rows if row["case"] == LEXRANK}
+    lengths = {(r["set"], r["id"]): len(r["summary"].split()) for r in rows if r["case"] == AUTO and "summary" in r}
+    todo = [
+        (name, example.id, example.document, lengths[name, example.id])
+        for name, example in documents(given)
+        if (name, example.id) in lengths and (name, example.id) not in done
+    ]
+    with get_context("spawn").Pool(given.jobs) as pool:
+        for row in pool.imap_unordered(_lexrank, todo):
+            append(given.out, [row])
+
+
+def _lexrank(todo: tuple[str, str, str, int]) -> dict[str, Any]:
+    from auvsum.eval.texts import lexrank as by_sumy
+
+    name, id, document, words = todo
+    return {"case": LEXRANK, "set": name, "id": id, "summary": by_sumy(document, words)}
+
+
+# -- score ------------------------------------------------------------------------------------------------------------
+
+
+def score(given: argparse.Namespace) -> None:
+    """Scores of every summary and of the document's first words at the same length; one JSON file, no texts."""
+    from auvsum.eval.coverage import coverage
+    from auvsum.eval.encoder import Encoder
+    from auvsum.eval.metrics import Rouge
+    from auvsum.eval.texts import first_words
+
+    examples = {(name, example.id): example for name, example in documents(given)}
+    rows = [row for row in rows_of(given.out) if (row["set"], row["id"]) in examples]
+    rouge, encoder = Rouge(), Encoder("all-minilm-l6-v2")
+    scored: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["case"], row["set"], row["id"])
+        mine = scored.setdefault(key, {"case": row["case"], "set": row["set"], "id": row["id"]})
+        mine |= {name: round(row[name], 4) for name in ("nats", "agreement") if name in row}
+        if "summary" not in row:
+            continue
+        example = examples[row["set"], row["id"]]
+        words = len(row["summary"].split())
+        lead = first_words(example.document, words)
+        texts = {"": row["summary"], "lead_": lead}
+        mine |= {
+            "words": words,
+            "tokens": row.get("tokens"),
+            "kv_bytes": row.get("kv_bytes"),
+            "error": row.get("error"),
+        }
+        for prefix, text in texts.items():
+            mine[f"{prefix}rougeL"] = round(rouge.scores(text, example.reference)["rougeL"], 3)
+            mine[f"{prefix}thirds"] = [round(share, 4) for share in coverage(text, example.document)]
+            mine[f"{prefix}text"] = text
+    found = [one for one in scored.values() if "words" in one]
+    for prefix in ("", "lead_"):
+        values = encoder.scores(
+            [one.pop(f"{prefix}text") for one in found], [examples[one["set"], one["id"]].reference for one in found]
+        )
+        for one, value in zip(found, values, strict=True):
+            one[f"{prefix}bertscore"] = round(value, 3)
+    assert given.json is not None
+    record = {
+        "benchmark": "strategies",
+        "title": given.title,
+        "encoder": encoder.label,
+        **common.versions(),
+        "rows": list(scored.values()),
+    }
+    text = json.dumps(record, ensure_ascii=False)
+    given.json.write_text(text.replace('}, {"case"', '},\n{"case"') + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,853 @@
+"""What should a prompt's cache keep, and in how many bits? Ideas beside each other, with the choice frozen.
+
+    python benchmarks/explore_look.py --data-dir DIR --sets cnn_dailymail,beigebook,gao,xsum5 --documents 24
+
+Rougher and much quicker than `auvsum eval`: a prompt is read once with the full cache, whose greedy summary is the
+teacher. Each setting is then one pass over the summary that sees only the kept keys, as they come back from their bits:
+many settings are rows of one batch. Nats a token lost to the full cache, over all tokens and over those after the
+draft. Written tokens are exact and cost nothing here, so what is measured is what prefill keeps.
+
+Bytes are counted: a share of the prompt's 16-bit cache, less the write region and whatever the setting keeps a head.
+Tune on the even rows of a file (`--half even`); the odd ones are for the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from auvsum.engine.models import load
+from auvsum.eval.config import EvalConfig
+from auvsum.eval.datasets import load_examples
+from auvsum.eval.runner import Runner
+from auvsum.kernels.column_scores import attend_chunk
+
+SETS = {
+    "cnn_dailymail": {"dataset": "cnn_dailymail", "max_tokens": 80},
+    "beigebook": {"dataset": "beigebook", "max_document_tokens": 4000, "max_tokens": 80},
+    "gao": {"dataset": "gao", "max_document_tokens": 4000, "max_tokens": 80},
+    "xsum5": {"dataset": "xsum", "shots": 5, "max_tokens": 48},
+    "newsroom": {"dataset": "newsroom", "max_tokens": 64},
+    "govreport": {"dataset": "govreport", "max_document_tokens": 4000, "max_tokens": 80},
+    "plos": {"dataset": "plos", "max_document_tokens": 4000, "max_tokens": 80},
+}
+BUDGETS = (0.10, 0.04, 0.02)
+ELEMENT = 2
+
+
+@dataclass
+class Document:
+    """A prompt, its teacher, and what the full cache holds of it, `[L, G, n, D]`."""
+
+    ids: list[int]
+    span: tuple[int, int]
+    summary: list[int]
+    scored: int
+    key: Tensor
+    value: Tensor
+    #: Scores of the prompt's tokens, `[L, G, n]`.
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    #: Nats of the summary's tokens with the full cache, fp32 `[T]`.
+    nats: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How slots are kept.
+
+    Attributes:
+        keys, values: bits. kind: `ends` (least value and step of a group), `gauss` (one scale, the levels that are best
+            for a normal distribution), `even` (one scale, even levels). center: a head's mean is taken off first.
+        state: bytes of a slot beside its key and value. sink: the first token is kept exact.
+    """
+
+    keys: float = 4
+    values: float = 4
+    kind: str = "ends"
+    center: str = ""
+    state: int = 8
+    sink: bool = False
+
+    def slot_bytes(self, size: int) -> float:
+        scale = {"ends": 4, "gauss": 2, "even": 2, "klt": 2}[self.kind]
+        return sum(size * bits / 8 + (scale if bits < 16 else 0) for bits in (self.keys, self.values)) + self.state
+
+    def fixed_bytes(self, size: int) -> int:
+        return size * ELEMENT * len(self.center) + (2 * size * ELEMENT if self.sink else 0)
+
+
+@dataclass
+class Setting:
+    """One row of the batch: who stays `[L, G, n]` (or the logarithms of soft gates); residual keys, values
+    `[L, G, R, D]` and log masses `[L, G, R]`; keys and values `[L, G, n, D]` as they come back from their bits."""
+
+    name: str
+    keep: Tensor | None
+    residual: tuple[Tensor, Tensor, Tensor] | None = None
+    pair: tuple[Tensor, Tensor] | None = None
+
+
+class Probe:
+    """The model with an attention of our own; what it does depends on what is asked at the moment."""
+
+    def __init__(self, name: str | None, device: str) -> None:
+        self.loaded = load(name, device=device)
+        self.model: Any = self.loaded.model
+        config = self.model.config
+        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.groups, self.device = config.num_key_value_heads, self.loaded.device
+        self.size = config.hidden_size // self.heads
+        self.attend: Callable[..., Tensor] = self._read
+        #: Whether a look finds all kinds of scores, or root mean squares alone.
+        self.thorough = True
+        AttentionInterface.register("probe", self._attention)
+        #: fp32 `[L, H]`: root mean square of the loss's gradient by each query head's output.
+        self.weight = torch.ones(self.layers, self.heads, device=self.device)
+
+    def _attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float = 1.0, **_: Any
+    ) -> tuple[Tensor, None]:
+        return self.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+
+    def call(self, ids: Tensor, start: int) -> Tensor:
+        """Logits of tokens `[B, T]` behind a prompt of `start` tokens."""
+        self.model.set_attn_implementation("probe")
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None].expand(ids.shape[0], -1)
+        logits: Tensor = self.model(ids, position_ids=positions, use_cache=False).logits
+        return logits
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        out, attention = attend_chunk(query, key, value, scaling, 0)
+        rows = attention.last_rows(self.tail)
+        sums = (attention.column_sums(), rows.mean(1), rows.square().mean(1).sqrt())
+        self.found.append((key[0], value[0], *sums))
+        return out
+
+    @torch.no_grad()
+    def read(self, ids: list[int], span: tuple[int, int], summary: list[int], scored: int) -> Document:
+        self.found: list[Any] = []
+        self.attend, self.tail = self._read, max(1, len(ids) - span[1])
+        positions = torch.arange(len(ids), device=self.device)[None]
+        self.model.set_attn_implementation("probe")
+        self.model(torch.tensor([ids], device=self.device), position_ids=positions, use_cache=False, logits_to_keep=1)
+        key, value, h2o, last, square = (torch.stack(column) for column in zip(*self.found, strict=True))
+        document = Document(ids, span, summary, scored, key, value)
+        document.scores["h2o"], document.scores["instruction"] = h2o / len(ids), last
+        document.scores["instruction^2"] = square
+        return document
+
+    @torch.no_grad()
+    def teach(self, prompts: list[list[int]], most: int) -> list[list[int]]:
+        """Greedy summaries of the full cache, several prompts a batch, padded on the left."""
+        self.model.set_attn_implementation("sdpa")
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0)
+        written: list[list[int]] = out[:, longest:].tolist()
+        found = []
+        for row in written:
+            end = next((i for i, token in enumerate(row) if token in self.loaded.eos_ids), len(row) - 1)
+            found.append(row[: end + 1])
+        return found
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def look(self, document: Document, chunks: list[list[int]], name: str) -> None:
+        """Scores of the attention that tokens behind the prompt pay to it; each chunk begins where the prompt ends.
+
+        Of each: the mean (`NAME`), root mean square (`NAME^2`), the mean and root mean square of what dropping the
+        token would do to the outputs (`NAME d`, `NAME d^2`), the last with each head's weight (`NAME f^2`).
+        """
+        totals: dict[str, list[Tensor]] = defaultdict(lambda: [0] * self.layers)  # type: ignore[list-item]
+        count = sum(map(len, chunks))
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            probabilities, values = self._full(document, layer, query, key, value, scaling)
+            out = probabilities.to(values.dtype) @ values[:, None]  # [G, r, T, D]
+            mixed = out.reshape(1, self.heads, query.shape[2], -1).to(query.dtype)
+            a = probabilities[..., : document.key.shape[2]]
+            totals[name + "^2"][layer] += a.square().mean(1).sum(1) / count
+            if not self.thorough:
+                return mixed
+            held = document.value[layer].float()
+            # |v_j - o_i|² = |v_j|² - 2 v_j·o_i + |o_i|²
+            o = out.float()
+            distance = (
+                held.square().sum(-1)[:, None, None]
+                - 2 * o @ held[:, None].transpose(-1, -2)
+                + o.square().sum(-1)[..., None]
+            ).clamp_min_(0)
+            weight = self.weight[layer].view(self.groups, -1, 1, 1)
+            totals["" + name][layer] += a.mean(1).sum(1) / count
+            hurt = a.square() * distance
+            totals[name + " d^2"][layer] += hurt.mean(1).sum(1) / count
+            totals[name + " d"][layer] += hurt.sqrt().mean(1).sum(1) / count
+            totals[name + " f"][layer] += (hurt.sqrt() * weight).mean(1).sum(1) / count
+            totals[name + " f^2"][layer] += (hurt * weight.square()).mean(1).sum(1) / count
+            return mixed
+
+        self.attend = attend
+        for chunk in chunks:
+            self.call(torch.tensor([chunk], device=self.device), len(document.ids))
+        for key, rows in totals.items():
+            stack = torch.stack(rows)
+            document.scores[key] = stack.sqrt() if key.endswith("^2") else stack
+
+    def _full(
+        self, document: Document, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities `[G, r, T, n + T]` of one row that sees all of the prompt, and the values."""
+        tokens = query.shape[2]
+        keys = torch.cat([document.key[layer], key[0]], 1)
+        values = torch.cat([document.value[layer], value[0]], 1)
+        grouped = query[0].reshape(self.groups, -1, tokens, query.shape[-1])
+        logits = (grouped @ keys[:, None].transpose(-1, -2)).float().mul_(scaling)
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device).triu_(1)
+        logits[..., -tokens:].masked_fill_(later, -torch.inf)
+        return logits.softmax(-1), values
+
+    # -- judging ------------------------------------------------------------------------------------------------------
+
+    def judge(self, document: Document, settings: list[Setting]) -> Tensor:
+        """Nats of the summary's tokens after the first: fp32 `[B, T - 1]`."""
+        rows, n = len(settings), len(document.ids)
+        pairs = [s.pair or (document.key, document.value) for s in settings]
+        if all(pair[0] is pairs[0][0] for pair in pairs):
+            keys, values = pairs[0][0][:, None], pairs[0][1][:, None]
+        else:
+            keys, values = (torch.stack(part, 1) for part in zip(*pairs, strict=True))
+        keep = None if settings[0].keep is None else torch.stack([s.keep for s in settings], 1)  # type: ignore[misc]
+        rest = None
+        if any(s.residual is not None for s in settings):
+            rest = padded([s.residual for s in settings], document.key)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            tokens = query.shape[2]
+            grouped = query.reshape(rows, self.groups, -1, query.shape[-1])
+            parts = [(grouped @ keys[layer].transpose(-1, -2)).float().mul_(scaling)]
+            if keep is not None and keep.dtype == torch.bool:
+                parts[0].masked_fill_(~keep[layer][:, :, None], -torch.inf)
+            elif keep is not None:
+                parts[0] = parts[0] + keep[layer][:, :, None]
+            if rest is not None:
+                parts.append(
+                    (grouped @ rest[0][layer].transpose(-1, -2)).float() * scaling + rest[2][layer][:, :, None]
+                )
+            own = (grouped @ key.transpose(-1, -2)).float().mul_(scaling)
+            later = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device).triu_(1)
+            own.view(rows, self.groups, -1, tokens, tokens).masked_fill_(later, -torch.inf)
+            probabilities = torch.cat([*parts, own], -1).softmax(-1).to(value.dtype)
+            out = probabilities[..., :n] @ values[layer] + probabilities[..., -tokens:] @ value
+            if rest is not None:
+                out = out + probabilities[..., n:-tokens] @ rest[1][layer]
+            return out.view(rows, self.heads, tokens, -1)
+
+        self.attend = attend
+        summary = torch.tensor([document.summary], device=self.device)
+        logits = self.call(summary[:, :-1].expand(rows, -1), n).float()
+        return logits.logsumexp(-1) - logits.gather(-1, summary[:, 1:, None].expand(rows, -1, 1))[..., 0]
+
+    def gradients(self, document: Document) -> Tensor:
+        """Mean square of the gradient by each query head's output, of the loss of drawn tokens: fp32 `[L, H]`."""
+        nudges = []
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            probabilities, held = self._full(document, layer, query, key, value, scaling)
+            out = (probabilities.to(held.dtype) @ held[:, None]).reshape(1, self.heads, query.shape[2], -1)
+            nudge = torch.zeros_like(out, dtype=torch.float32).requires_grad_()
+            nudges.append(nudge)
+            return out + nudge.to(out.dtype)
+
+        self.attend = attend
+        with torch.enable_grad():
+            summary = torch.tensor([document.summary[:-1]], device=self.device)
+            logits = self.call(summary, len(document.ids))[0].float()
+            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+            loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+            found = torch.autograd.grad(loss, nudges)
+        return torch.stack([g[0].square().sum(-1).mean(-1) for g in found])
+
+
+def padded(residuals: list[Any], key: Tensor) -> list[Tensor]:
+    """Residual slots of rows that have different numbers of them, as one batch."""
+    most = max(r[2].shape[-1] for r in residuals if r is not None)
+    found = []
+    for r in residuals:
+        shape = (*key.shape[:2], 0 if r is None else r[2].shape[-1], key.shape[-1])
+        k, v, m = r or (key.new_zeros(shape), key.new_zeros(shape), torch.zeros(shape[:3], device=key.device))
+        more = most - shape[2]
+        pad = torch.nn.functional.pad
+        found.append((pad(k, (0, 0, 0, more)), pad(v, (0, 0, 0, more)), pad(m, (0, more), value=-torch.inf)))
+    return [torch.stack(part, 1) for part in zip(*found, strict=True)]
+
+
+# -- bits --------------------------------------------------------------------------------------------------------------
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    turn = torch.ones(1, 1, device=device)
+    while turn.shape[0] < size:
+        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)], 0)
+    return turn / size**0.5
+
+
+def gauss_levels(bits: int) -> Tensor:
+    """Lloyd and Max's levels for a standard normal distribution."""
+    x = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+    levels = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
+    for _ in range(120):
+        nearest = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+        levels = torch.zeros_like(levels).index_add_(0, nearest, x) / torch.bincount(nearest, minlength=2**bits)
+    return levels.float()
+
+
+LEVELS: dict[int, Tensor] = {}
+
+
+def quantized(y: Tensor, bits: int, kind: str) -> Tensor:
+    """What is left of rotated vectors `[.., D]`."""
+    if kind == "ends":
+        low = y.amin(-1, keepdim=True).half().float()
+        step = ((y.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
+        return ((y - low) / step).round().clamp(0, 2**bits - 1) * step + low
+    if kind == "gauss":
+        levels = LEVELS.setdefault(bits, gauss_levels(bits)).to(y.device)
+        scale = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+        found = levels[torch.bucketize(y / scale, (levels[1:] + levels[:-1]) / 2)]
+        # The scale that is best for the codes that were chosen.
+        return found * ((found * y).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)).half().float()
+    half = 2 ** (bits - 1)
+    best, least = y, torch.full_like(y[..., :1], torch.inf)
+    top = y.abs().amax(-1, keepdim=True)
+    for shrink in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        step = (top * shrink / (half - 0.5)).clamp_min(1e-8)
+        codes = (y / step - 0.5).round().clamp(-half, half - 1) + 0.5
+        step = ((codes * y).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True)).half().float()
+        error = (codes * step - y).square().sum(-1, keepdim=True)
+        best = torch.where(error < least, codes * step, best)
+        least = torch.minimum(least, error)
+    return best
+
+
+def coded(x: Tensor, bits: float, coding: Coding, center: bool) -> Tensor:
+    """What is left of keys or values `[L, G, n, D]`."""
+    if bits >= 16:
+        return x
+    y = x.float()
+    mean = y[:, :, 1:].mean(2, keepdim=True).half().float() if center else torch.zeros_like(y[:, :, :1])
+    turn = hadamard(x.shape[-1], x.device)
+    found = quantized((y - mean) @ turn, int(bits), coding.kind) @ turn.T + mean
+    if coding.sink:
+        found[:, :, 0] = y[:, :, 0]
+    return found.to(x.dtype)
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def slots(document: Document, share: float, coding: Coding, *, write: int | None = None, extra: float = 0) -> float:
+    """Slots a head for a share of the bytes, `extra` of which are spent otherwise. `write`: None for today's rule."""
+    size, n = document.key.shape[-1], len(document.ids)
+    full, slot = 2 * size * ELEMENT, coding.slot_bytes(document.key.shape[-1])
+    total = share * n * full
+    if write is None:
+        write = max(4, min(32, int(total / slot) // 32))
+    return max(1.0, (total - write * (full + coding.state) - coding.fixed_bytes(size) - extra) / slot)
+
+
+def choose(ranking: Tensor, number: float) -> Tensor:
+    """One ranking over layers and heads: bool `[L, G, n]`, the first token always."""
+    ranking = ranking.clone()
+    ranking[..., 0] = torch.inf
+    count = min(ranking.numel(), int(max(1.0, number) * ranking.shape[0] * ranking.shape[1]))
+    best = ranking.flatten().topk(count).indices
+    keep = torch.zeros(ranking.numel(), dtype=torch.bool, device=ranking.device)
+    return keep.index_fill_(0, best, True).view_as(ranking)
+
+
+def blend(one: Tensor, other: Tensor, weight: float) -> Tensor:
+    """Two scores, each with the same mass in all; the second has this weight."""
+    return one / one.sum() * (1 - weight) + other / other.sum() * weight
+
+
+class Basis:
+    """A head's own transform, fitted on other documents: channels by importance, each with its own bits."""
+
+    def __init__(self, covariance: Tensor, metric: Tensor) -> None:
+        """Both `[L, G, D, D]`: of the centered vectors, and of what they are multiplied with."""
+        values, vectors = torch.linalg.eigh(metric.double())
+        values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-4)
+        root = vectors @ (values.sqrt()[..., None] * vectors.transpose(-1, -2))
+        back = vectors @ (values.rsqrt()[..., None] * vectors.transpose(-1, -2))
+        spread, turn = torch.linalg.eigh(root @ covariance.double() @ root)
+        self.there, self.back = (root @ turn).float(), (turn.transpose(-1, -2) @ back).float()
+        self.spread = spread.clamp_min(spread.amax(-1, keepdim=True) * 1e-6).float()
+
+    def allotted(self, bits: float, most: int = 6) -> Tensor:
+        """Whole bits a channel `[L, G, D]`: one after the other where it lowers the error most."""
+        left = torch.tensor([1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.0025, 0.00066, 0.0])
+        given = torch.zeros(self.spread.shape, dtype=torch.int64, device=self.spread.device)
+        gain = (left[:-1] - left[1:]).to(given.device)
+        gain[most:] = 0
+        for _ in range(round(bits * self.spread.shape[-1])):
+            at = (self.spread * gain[given]).argmax(-1, keepdim=True)
+            given.scatter_add_(-1, at, torch.ones_like(at))
+        return given
+
+    def coded(self, x: Tensor, bits: float) -> Tensor:
+        y = x.float()
+        mean = y[:, :, 1:].mean(2, keepdim=True).half().float()
+        y = (y - mean) @ self.there / self.spread.sqrt()[:, :, None]
+        given = self.allotted(bits)[:, :, None].expand_as(y)
+        scale = (y.square() * (given > 0)).sum(-1, keepdim=True) / (given > 0).sum(-1, keepdim=True)
+        scale = scale.sqrt().clamp_min(1e-8)
+        found = torch.zeros_like(y)
+        for bit in given.unique().tolist():
+            if bit:
+                levels = LEVELS.setdefault(bit, gauss_levels(bit)).to(y.device)
+                chosen = levels[torch.bucketize(y / scale, (levels[1:] + levels[:-1]) / 2)]
+                found = torch.where(given == bit, chosen, found)
+        best = (found * y).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True).clamp_min(1e-8)
+        found = found * best.half().float()
+        return ((found * self.spread.sqrt()[:, :, None]) @ self.back + mean).to(x.dtype)
+
+
+# -- what is dropped ---------------------------------------------------------------------------------------------------
+
+
+def residual(document: Document, keep: Tensor, weight: Tensor, number: int, queries: Tensor, bits: int) -> Any:
+    """`number` slots a head for what was dropped: means weighted by attention, with the mass that queries gave them.
+
+    Args:
+        queries: `[L, G, Q, D]`, scaled.
+    """
+    key, value = document.key.float(), document.value.float()
+    mass = (weight + 1e-12) * ~keep
+    layers, groups, n, size = key.shape
+    if number == 1:
+        member = torch.ones(layers, groups, n, 1, device=key.device)
+    else:
+        start = mass.topk(number, -1).indices[..., None].expand(-1, -1, -1, size)
+        center = key.gather(2, start)
+        for _ in range(6):
+            nearest = torch.cdist(key, center).argmin(-1)
+            member = torch.nn.functional.one_hot(nearest, number).float()
+            share = member * mass[..., None]
+            total = share.sum(2)[..., None]
+            center = torch.where(total > 0, share.transpose(-1, -2) @ key / total.clamp_min(1e-20), center)
+    share = member * mass[..., None]
+    total = share.sum(2)[..., None].clamp_min(1e-20)
+    mean_key, mean_value = (share.transpose(-1, -2) @ x / total for x in (key, value))
+    logits = (queries.float() @ key.transpose(-1, -2)).masked_fill(keep[:, :, None], -torch.inf)  # [L, G, Q, n]
+    every = queries.float() @ mean_key.transpose(-1, -2)  # [L, G, Q, R]
+    logs = torch.empty(layers, groups, number, device=key.device)
+    for r in range(number):
+        own = logits.masked_fill(member[:, :, None, :, r] == 0, -torch.inf).logsumexp(-1)
+        # Where the mass is: queries that attend to what is dropped count for more.
+        importance = (own - own.amax(-1, keepdim=True)).exp().nan_to_num(0)
+        off = (own - every[..., r]).nan_to_num(neginf=-30.0)
+        logs[..., r] = (importance * off).sum(-1) / importance.sum(-1).clamp_min(1e-20)
+    return mean_key.to(document.key.dtype), mean_value.to(document.value.dtype), logs
+
+
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+
+class Book:
+    """Nats lost, by set, budget and setting."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+
+    def note(self, name: str, document: Document, settings: list[Setting], nats: Tensor) -> None:
+        assert document.nats is not None
+        lost = (nats - document.nats)[:, : document.scored]
+        for setting, row in zip(settings, lost.tolist(), strict=True):
+            after = row[32:] if len(row) > 40 else row[16:]
+            self.rows[name][setting.name].append((statistics.fmean(row), statistics.fmean(after or row)))
+
+    def report(self, only: str = "") -> None:
+        keys = list(dict.fromkeys(key for rows in self.rows.values() for key in rows if key.startswith(only)))
+        names = list(self.rows)
+        print(f"{'':60s}" + "".join(f"{name[:12]:>16s}" for name in names) + "      mean")
+        order = sorted(
+            keys, key=lambda k: (k.split(" | ")[0], statistics.fmean([self._mean(name, k)[0] for name in names]))
+        )
+        for key in order:
+            means = [self._mean(name, key) for name in names]
+            print(f"{key:60s}" + "".join(f"   {a:6.3f}/{b:6.3f}" for a, b in means)
+                  + f"   {statistics.fmean(a for a, _ in means):6.3f}")  # fmt: skip
+
+    def _mean(self, name: str, key: str) -> tuple[float, float]:
+        pairs = self.rows[name].get(key) or [(math.nan, math.nan)]
+        return statistics.fmean(a for a, _ in pairs), statistics.fmean(b for _, b in pairs)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            name: {
+                key: {
+                    **dict(zip(("nats_lost", "after_the_draft"), self._mean(name, key), strict=True)),
+                    "documents": len(pairs),
+                }
+                for key, pairs in rows.items()
+            }
+            for name, rows in self.rows.items()
+        }
+
+
+def chunks(ids: list[int], longest: int = 640) -> list[list[int]]:
+    return [ids[at : at + longest] for at in range(0, len(ids), longest)]
+
+
+def pieces(document: Document, share: float, lead: int, stride: int = 128) -> list[int]:
+    text = document.ids[slice(*document.span)]
+    found = text[:lead]
+    for start in range(lead, len(text), stride):
+        found += text[start : start + round(stride * share)]
+    return found
+
+
+class Explorer:
+    def __init__(self, probe: Probe, sets: dict[str, list[Document]], rows: int) -> None:
+        self.probe, self.sets, self.rows, self.book = probe, sets, rows, Book()
+
+    def all(self) -> Iterator[tuple[str, Document]]:
+        for name, documents in self.sets.items():
+            for document in documents:
+                yield name, document
+
+    @torch.no_grad()
+    def judge(self, name: str, document: Document, settings: list[Setting]) -> None:
+        rows = max(1, min(self.rows, self.rows * 2000 // len(document.ids)))
+        for at in range(0, len(settings), rows):
+            part = settings[at : at + rows]
+            self.book.note(name, document, part, self.probe.judge(document, part))
+
+    def pair(self, document: Document, coding: Coding) -> tuple[Tensor, Tensor]:
+        if coding.kind == "klt":
+            return self.basis_k.coded(document.key, coding.keys), self.basis_v.coded(document.value, coding.values)
+        return (
+            coded(document.key, coding.keys, coding, "k" in coding.center),
+            coded(document.value, coding.values, coding, "v" in coding.center),
+        )
+
+    # -- the codec --
+
+    def codecs(self) -> None:
+        """All tokens kept: what the bits alone cost, of keys and of values."""
+        for name, document in self.all():
+            settings = []
+            for bits in (4, 3, 2):
+                kinds = [("ends", "", False), ("ends", "kv", False), ("even", "kv", False), ("gauss", "kv", False)]
+                for kind, center, sink in [*kinds, ("gauss", "kv", True), ("gauss", "k", False)]:
+                    pair = self.pair(document, Coding(bits, bits, kind, center, sink=sink))
+                    title = f"{kind} center={center} sink={sink}"
+                    settings.append(Setting(f"bits K{bits} V{bits} | {title}", None, None, pair))
+                    if kind == "gauss" and center == "kv" and not sink:
+                        settings.append(Setting(f"bits K{bits} V16 | {title}", None, None, (pair[0], document.value)))
+                        settings.append(Setting(f"bits K16 V{bits} | {title}", None, None, (document.key, pair[1])))
+            for k, v in ((3, 3), (2.5, 2.5), (2, 2), (2, 1.5), (1.5, 1.5), (2, 16), (16, 2)):
+                keys = self.basis_k.coded(document.key, k) if k < 16 else document.key
+                values = self.basis_v.coded(document.value, v) if v < 16 else document.value
+                settings.append(Setting(f"bits K{k} V{v} | klt", None, None, (keys, values)))
+            self.judge(name, document, settings)
+
+    def fit_bases(self) -> None:
+        probe = self.probe
+        sums = [torch.zeros(probe.layers, probe.groups, probe.size, probe.size, device=probe.device) for _ in range(3)]
+        for at, (_, document) in enumerate(self.all()):
+            if at % 2:
+                continue
+            queries = self.queries(document, document.summary)
+            sums[2] += queries.transpose(-1, -2) @ queries / queries.shape[2]
+            for total, x in zip(sums[:2], (document.key, document.value), strict=True):
+                y = x[:, :, 1:].float()
+                y = y - y.mean(2, keepdim=True)
+                total += y.transpose(-1, -2) @ y / y.shape[2]
+        self.basis_k = Basis(sums[0], sums[2])
+        eye = torch.eye(probe.size, device=probe.device).expand_as(sums[1])
+        self.basis_v = Basis(sums[1], eye)
+
+    @torch.no_grad()
+    def queries(self, document: Document, ids: list[int]) -> Tensor:
+        """Queries of tokens behind a prompt that is all there, scaled: fp32 `[L, G, r T, D]`."""
+        found = []
+        probe = self.probe
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            found.append(query[0].float().reshape(probe.groups, -1, query.shape[-1]) * scaling)
+            probabilities, values = probe._full(document, layer, query, key, value, scaling)
+            return (probabilities.to(values.dtype) @ values[:, None]).reshape(1, probe.heads, query.shape[2], -1)
+
+        probe.attend = attend
+        probe.call(torch.tensor([ids], device=probe.device), len(document.ids))
+        return torch.stack(found)
+
+    # -- the scores --
+
+    def look(self) -> None:
+        total = torch.zeros(self.probe.layers, self.probe.heads, device=self.probe.device)
+        for _, document in self.all():
+            total += self.probe.gradients(document) / sum(map(len, self.sets.values()))
+        self.probe.weight = total.sqrt() / total.mean().sqrt()
+        for _, document in self.all():
+            for name, ids in {
+                "look": pieces(document, 0.25, 128),
+                "lead": pieces(document, 0, 128),
+                "draft16": document.summary[:16],
+                "draft32": document.summary[:32],
+                "oracle": document.summary,
+            }.items():
+                self.probe.look(document, chunks(ids), name)
+
+    def squares(self) -> None:
+        """Root mean squares alone, which a processor finds in a minute: what a profile is fitted on."""
+        self.probe.thorough = False
+        for _, document in self.all():
+            self.probe.look(document, chunks(pieces(document, 0.25, 128), 320), "look")
+            self.probe.look(document, [document.summary[:32]], "draft32")
+            s = document.scores
+            s["mix"] = blend(blend(s["look^2"], s["draft32^2"], 0.4), s["instruction^2"], 0.1)
+
+    def scores(self) -> None:
+        coding = Coding(4, 4, "gauss", "kv", state=4)
+        kinds = ("", "^2", " d", " d^2", " f", " f^2")
+        for name, document in self.all():
+            s = document.scores
+            norm = document.value.float().norm(dim=-1)
+            found = {"today": blend(s["look"], s["draft16"], 0.5) * norm}
+            found["instruction x norm"] = s["instruction"] * norm
+            found["h2o"] = s["h2o"]
+            for kind in kinds:
+                found[f"look{kind}"] = s["look" + kind]
+                for length in (16, 32):
+                    found[f"draft{length}{kind}"] = s[f"draft{length}{kind}"]
+                    for weight in (0.3, 0.5, 0.7):
+                        found[f"look+{weight} draft{length}{kind}"] = blend(
+                            s["look" + kind], s[f"draft{length}{kind}"], weight
+                        )
+                found[f"lead+.5 draft16{kind}"] = blend(s["lead" + kind], s["draft16" + kind], 0.5)
+                found[f"oracle{kind}"] = s["oracle" + kind]
+                found[f"look+draft16+instruction{kind}"] = blend(
+                    blend(s["look" + kind], s["draft16" + kind], 0.5), s["instruction"] * norm, 0.2)  # fmt: skip
+            pair = self.pair(document, coding)
+            settings = [
+                Setting(f"{share:4.0%} | {title}", choose(ranking, slots(document, share, coding)), None, pair)
+                for share in BUDGETS
+                for title, ranking in found.items()
+            ]
+            self.judge(name, document, settings)
+
+    # -- bits at equal bytes, and what was dropped --
+
+    def equal(self) -> None:
+        """At equal bytes: fewer bits hold more tokens."""
+        today = Coding()
+        codings = {"today": today, "today, center": replace(today, center="kv")}
+        for k, v in ((4, 4), (4, 3), (3, 3), (3, 2), (2, 2)):
+            codings[f"gauss K{k} V{v}"] = Coding(k, v, "gauss", "kv", state=4)
+        for k, v in ((3, 3), (2.5, 2.5), (2, 2), (1.5, 1.5)):
+            codings[f"klt K{k} V{v}"] = Coding(k, v, "klt", "kv", state=4)
+        for name, document in self.all():
+            s = document.scores
+            score = blend(s["look"], s["draft16"], 0.5) * document.value.float().norm(dim=-1)
+            settings = []
+            for title, coding in codings.items():
+                pair = self.pair(document, coding)
+                settings += [
+                    Setting(f"{share:4.0%} | bytes {title}", choose(score, slots(document, share, coding)), None, pair)
+                    for share in BUDGETS
+                ]
+            self.judge(name, document, settings)
+
+    def residuals(self) -> None:
+        coding = Coding(4, 4, "gauss", "kv", state=4)
+        for name, document in self.all():
+            s = document.scores
+            weight = blend(s["look"], s["draft16"], 0.5)
+            score = weight * document.value.float().norm(dim=-1)
+            draft = self.queries(document, document.summary[:16])
+            again = self.queries(document, pieces(document, 0.25, 128)[:256])
+            both = torch.cat([draft, again[:, :, ::4]], 2)
+            pair = self.pair(document, coding)
+            settings = []
+            for share in BUDGETS:
+                for number in (0, 1, 2, 4, 8):
+                    keep = choose(score, slots(document, share, coding) - number)
+                    title = f"{share:4.0%} | {number} residual slots"
+                    if number == 0:
+                        settings.append(Setting(title, keep, None, pair))
+                        continue
+                    rest = residual(document, keep, weight, number, draft, 4)
+                    settings.append(Setting(f"{title}, mass by draft", keep, rest, pair))
+                    settings.append(Setting(f"{title}, no mass", keep, (rest[0], rest[1], rest[2] * 0), pair))
+                    rest = residual(document, keep, weight, number, both, 4)
+                    settings.append(Setting(f"{title}, mass by draft+look", keep, rest, pair))
+            self.judge(name, document, settings)
+
+    # -- a profile, fitted --
+
+    def fit(self, epochs: int, out: Path | None) -> None:
+        """Each head's factors on its scores by gradient descent through soft gates; seen on documents left out."""
+        probe, coding = self.probe, Coding()
+        for p in probe.model.parameters():
+            p.requires_grad_(False)
+        train = [d for rows in self.sets.values() for i, d in enumerate(rows) if i % 3]
+        variants = {"one factor a head": (["mix"], True)}
+        fitted = {}
+        for title, (names, by_head) in variants.items():
+            shape = (probe.layers, probe.groups, len(names)) if by_head else (1, 1, len(names))
+            factors = torch.zeros(shape, device=probe.device, requires_grad=True)
+            optimizer = torch.optim.Adam([factors], lr=0.08)
+            steps, order = epochs * len(train), torch.Generator().manual_seed(0)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            step = 0
+            for _ in range(epochs):
+                for at in torch.randperm(len(train), generator=order).tolist():
+                    document = train[at]
+                    warmth = 0.7 * (1 - step / steps) + 0.15
+                    z = self.combined(document, names, factors)
+                    settings = [Setting("", gates(z, slots(document, share, coding), warmth)) for share in (0.06, 0.02)]
+                    loss = (probe.judge(document, settings) - document.nats)[:, : document.scored].mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    step += 1
+                    if out:
+                        torch.save(factors.detach(), out / "factors.pt")
+                        print(step, len(document.ids), round(float(loss), 3), flush=True)
+            fitted[title] = factors.detach()
+        for name, rows in self.sets.items():
+            for i, document in enumerate(rows):
+                pair = self.pair(document, coding)
+                settings = []
+                for title, (names, _) in variants.items():
+                    for label, factors in (("fitted", fitted[title]), ("before", torch.zeros_like(fitted[title]))):
+                        z = self.combined(document, names, factors)
+                        settings += [
+                            Setting(f"{share:4.0%} | {'unseen' if i % 3 == 0 else 'seen'} {label}: {title}",
+                                    choose(z, slots(document, share, coding)), None, pair)
+                            for share in BUDGETS
+                        ]  # fmt: skip
+                self.judge(name, document, settings)
+
+    def combined(self, document: Document, names: list[str], factors: Tensor) -> Tensor:
+        """Log of the weighted sum of scores, each of mean 1: `[L, G, n]`."""
+        parts = torch.stack([document.scores[name] / document.scores[name].mean() for name in names], -1)
+        return ((parts.clamp_min(1e-9)).log() + factors[:, :, None]).logsumexp(-1)
+
+
+def gates(z: Tensor, number: float, warmth: float) -> Tensor:
+    """Logarithms of soft gates that add up to the budget; the threshold moves with the scores."""
+    wanted = number * z.shape[0] * z.shape[1]
+    flat = z.detach().flatten() / warmth
+    low, high = flat.min() - 10, flat.max() + 10
+    for _ in range(40):
+        middle = (low + high) / 2
+        many = torch.sigmoid(flat - middle).sum() > wanted
+        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    soft = torch.sigmoid(flat - low)
+    slope = (soft * (1 - soft)).view_as(z)
+    threshold = low + (slope * (z - z.detach()) / warmth).sum() / slope.sum()
+    bias = torch.nn.functional.logsigmoid(z / warmth - threshold)
+    keep = torch.zeros_like(bias)
+    keep[..., 0] = 1
+    return bias * (1 - keep)
+
+
+def prepare(probe: Probe, args: argparse.Namespace) -> dict[str, list[Document]]:
+    found = {}
+    for name in args.sets.split(","):
+        config = EvalConfig(**{"model": args.model or "smollm2-135m-instruct", **SETS[name]})
+        every = load_examples(config.dataset, data_dir=args.data_dir)
+        half = {"even": 0, "odd": 1}[args.half]
+        place = {example.id: i for i, example in enumerate(every)}
+        runner = Runner(config, probe.loaded, every)
+        rows = [e for e in runner.examples if place[e.id] % 2 == half and e.document.strip()]
+        asked = []
+        for example in rows:
+            if len(asked) == args.documents:
+                break
+            try:
+                asked.append(runner.prompter.ask(example.document).prompt)
+            except Exception as error:  # too long for the model
+                print(name, error)
+        prompts = [list(prompt.ids) for prompt in asked]
+        summaries = [s for at in range(0, len(prompts), 6)
+                     for s in probe.teach(prompts[at : at + 6], runner.prompter.max_new_tokens)]  # fmt: skip
+        documents = []
+        for prompt, ids, summary in zip(asked, prompts, summaries, strict=True):
+            scored = min(len(summary) - 1, max(1, runner.prompter.scored(summary)))
+            if len(summary) < 12:
+                continue
+            document = probe.read(ids, prompt.document, summary, scored)
+            with torch.no_grad():
+                document.nats = probe.judge(document, [Setting("full", None)])[0]
+            documents.append(document)
+        found[name] = documents
+        lengths = [len(d.ids) for d in documents]
+        print(f"{name}: {len(documents)} documents, {min(lengths)} to {max(lengths)} tokens, "
+              f"{statistics.fmean(d.scored for d in documents):.0f} scored", flush=True)  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--sets", default="cnn_dailymail,beigebook,gao,xsum5")
+    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--half", choices=("even", "odd"), default="even")
+    parser.add_argument("--experiments", default="codecs,bases,look,scores,equal,residuals,fit")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=80, help="settings a batch, at 2,000 tokens")
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    probe = Probe(args.model, args.device)
+    explorer = Explorer(probe, prepare(probe, args), args.rows)
+    print(f"{time.perf_counter() - began:.0f} s: ready", flush=True)
+    for experiment in args.experiments.split(","):
+        explorer.book = Book()
+        try:
+            if experiment == "fit":
+                explorer.fit(args.epochs, args.out)
+            else:
+                getattr(explorer, experiment)()
+        except Exception:  # the others are worth their time
+            traceback.print_exc()
+        print(f"\n{time.perf_counter() - began:.0f} s: {experiment}", flush=True)
+        if explorer.book.rows:
+            explorer.book.report()
+            if args.out:
+                record = {
+                    "machine": common.machine(),
+                    "model": probe.loaded.name,
+                    "half": args.half,
+                    "sets": explorer.book.record(),
+                }
+                (args.out / f"{experiment}.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
