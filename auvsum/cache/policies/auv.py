@@ -108,10 +108,9 @@ class AUV(SlotPolicy):
                 self._evict(store, full[capacities == capacity], capacity // 3)
 
     def _evict(self, store: SlotStore, rows: Tensor, local: int) -> None:
-        """Eqs. 5 to 8: the L least of the candidate region go, the write region takes their slots.
+        """Eqs. 5 to 8: the L (`local`) least of the candidate region go, the write region takes their slots.
 
-        Args:
-            rows: int64 `[N]`; the layers that keep their books together are rows of one store. local: their L.
+        The layers that keep their books together are rows `[N]` of one store.
         """
         candidates = slice(0, 2 * local)
         scores, usage = (store.state[name][rows, :, candidates] for name in ("aas", "usage"))
