@@ -67,6 +67,24 @@ class Look:
     asked: Tensor | None = None
 
 
+@dataclass
+class _Rivals:
+    """What competes for a layer's slots in one eviction: its candidates, then the tokens that leave write regions.
+
+    Attributes:
+        keys, values: as the codec keeps them. head: of all rows, `row * G + group`. position, aas: as in `Slots`.
+        at: those that compete, the others belong to rows that are not due. score: fp32, of these.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    head: Tensor
+    position: Tensor
+    aas: Tensor
+    at: Tensor
+    score: Tensor
+
+
 class HeadsLayer(UncountedLayer):
     """One layer of a `HeadsCache`."""
 
@@ -77,6 +95,8 @@ class HeadsLayer(UncountedLayer):
         self.policy, self.bits = policy, bits
         self.writing = writing
         self.number, self.layers = place
+        #: All layers of the cache.
+        self.siblings: Sequence[HeadsLayer] = [self]
         #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
         self.rows: list[Open | None] = [None] * len(writing.active)
         self.loose: dict[int, Slots] = {}
@@ -214,23 +234,24 @@ class HeadsLayer(UncountedLayer):
         held, writing, codec = self.held, self.writing, self.codec
         assert held is not None
         (rows, heads, tokens, size), groups = query.shape, key.shape[1]
-        held.write_key[writing.at] = key.transpose(1, 2).reshape(-1, groups, size)
-        held.write_value[writing.at] = value.transpose(1, 2).reshape(-1, groups, size)
+        for memory, new in ((held.write_keys, key), (held.write_values, value)):
+            codec.encode(memory, writing.at, new.transpose(1, 2).reshape(-1, groups, size))
         keys, values, index, padding = self._candidates(held)
         longest = keys.shape[2]
         own_key, own_value = (
-            written[writing.region].view(rows, -1, groups, size).transpose(1, 2)
-            for written in (held.write_key, held.write_value)
+            codec.unpack([part[writing.region] for part in memory]).view(rows, -1, groups, size).transpose(1, 2)
+            for memory in (held.write_keys, held.write_values)
         )
-        asked = query.reshape(rows, groups, -1, size)  # a group's query heads after each other, T tokens each
-        logits = torch.cat([codec.turn(asked) @ keys.mT, asked @ own_key.mT], -1).float()
+        # A group's query heads after each other, T tokens each.
+        asked = codec.turn(query.reshape(rows, groups, -1, size))
+        logits = torch.cat([asked @ keys.mT, asked @ own_key.mT], -1).float()
         logits[..., :longest].masked_fill_(padding[:, :, None], -torch.inf)
         if writing.later is not None:
             own = logits.view(rows, groups, -1, tokens, logits.shape[-1])[..., longest:]
             own.masked_fill_(writing.later[:, None, None], -torch.inf)
         probabilities = logits.mul_(scale).softmax(-1)
         spread = probabilities.to(values.dtype)
-        out = codec.turn_back(spread[..., :longest] @ values) + spread[..., longest:] @ own_value
+        out = codec.turn_back(spread[..., :longest] @ values + spread[..., longest:] @ own_value)
         paid = probabilities.pow_(self.policy.power).sum(2).div_(heads // groups)
         # Padding points at some slot and adds nothing to it: its probability is 0.
         held.aas.index_add_(0, index.view(-1), paid[..., :longest].reshape(-1))
@@ -239,8 +260,8 @@ class HeadsLayer(UncountedLayer):
             held.write_aas[writing.region] += own_paid
         else:
             held.write_aas.index_add_(0, writing.region.view(-1), own_paid)
-        if writing.due:
-            self._make_room(held)
+        if writing.due and self.number == self.layers - 1:
+            make_room(self.siblings)
         return out.view(rows, heads, tokens, size).transpose(1, 2)
 
     def _candidates(self, held: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -268,7 +289,6 @@ class HeadsLayer(UncountedLayer):
         open_ = self.rows[row]
         assert open_ is not None
         groups, size = score.shape[0], open_.key.shape[-1]
-        empty = (write, groups, size)
         self.rows[row] = None
         self.loose[row] = Slots(
             keys=self.codec.pack(open_.key[head, position]),
@@ -276,8 +296,8 @@ class HeadsLayer(UncountedLayer):
             positions=position.to(torch.int32),
             aas=(score[head, position].pow(self.policy.power) * self.policy.prior).float(),
             starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
-            write_key=open_.key.new_zeros(empty),
-            write_value=open_.value.new_zeros(empty),
+            write_keys=self.codec.allocate((write, groups), size, head.device),
+            write_values=self.codec.allocate((write, groups), size, head.device),
             write_aas=torch.zeros((write, groups), dtype=torch.float32, device=head.device),
             sizes=[sum(counts)],
             longest=[max(counts)],
@@ -285,12 +305,14 @@ class HeadsLayer(UncountedLayer):
             widths=[write],
         )
 
-    def _make_room(self, held: Slots) -> None:
-        """Multi-step eviction: the older half of a full write region competes with the candidates of all heads."""
-        writing, groups, device = self.writing, held.groups, held.aas.device
+    def rivals(self) -> _Rivals:
+        """What the rows that are due hold, and the older half of their write regions."""
+        held, writing = self.held, self.writing
+        assert held is not None
+        groups, device = held.groups, held.aas.device
         count, bounds = held.positions.shape[0], held.bounds()
-        rows = len(held.sizes)
-        old = torch.arange(rows * groups, device=device).repeat_interleave(held.starts.diff(), output_size=count)
+        old = torch.arange(len(held.sizes) * groups, device=device)
+        old = old.repeat_interleave(held.starts.diff(), output_size=count)
         fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
         head = torch.cat([old, fresh.view(-1)])
         position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
@@ -299,37 +321,40 @@ class HeadsLayer(UncountedLayer):
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
         oldest[0].fill_(True)
-        flushed = [x[writing.flush].view(-1, x.shape[-1]) for x in (held.write_key, held.write_value)]
         keys, values = (
-            [torch.cat(parts) for parts in zip(kept, self.codec.pack(new), strict=True)]
-            for kept, new in zip((held.keys, held.values), flushed, strict=True)
+            [torch.cat([part, new[writing.flush].flatten(0, 1)]) for part, new in zip(kept, written, strict=True)]
+            for kept, written in ((held.keys, held.write_keys), (held.values, held.write_values))
         )
         every = torch.arange(head.shape[0], device=device)
-        rivals = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
-        score = self._scores(head[rivals] // groups, position[rivals], aas[rivals], [x[rivals] for x in values])
-        score.masked_fill_(oldest[rivals], torch.inf)
-        order = score.argsort(descending=True)
-        if len(writing.due) > 1:  # row after row, in each the best first
-            order = order[(head[rivals[order]] // groups).argsort(stable=True)]
-        sizes = [held.sizes[row] + leaving * groups for row, leaving in writing.due.items()]
-        kept = [min(held.room[row], size) for row, size in zip(writing.due, sizes, strict=True)]
-        best = rivals[torch.cat([part[:most] for part, most in zip(torch.split(order, sizes), kept, strict=True)])]
-        best = best[(head[best] * (1 << 40) + position[best]).argsort()]
-        chosen = dict(zip(writing.due, torch.split(best, kept), strict=True))
-        order = torch.cat([chosen.get(row, every[slice(*bounds[row])]) for row in range(rows)])
-        held.keys, held.values = [x[order] for x in keys], [x[order] for x in values]
-        held.positions, held.aas = position[order], aas[order]
-        held.sizes = [len(chosen[row]) if row in chosen else size for row, size in enumerate(held.sizes)]
-        counts = torch.bincount(head[order], minlength=rows * groups)
-        held.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        held.longest = counts.view(rows, groups).amax(1).tolist()
-        held.write_key, held.write_value = held.write_key[writing.shift], held.write_value[writing.shift]
+        at = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
+        score = self._scores(head[at], position[at], aas[at], [x[at] for x in values])
+        return _Rivals(keys, values, head, position, aas, at, score.masked_fill_(oldest[at], torch.inf))
+
+    def leave(self, rivals: _Rivals, stays: Tensor, counts: list[list[int]]) -> None:
+        """Frees the rivals that do not stay.
+
+        Args:
+            stays: bool, in the order of `rivals.head`. counts: of what stays, for each row and head.
+        """
+        held, writing = self.held, self.writing
+        assert held is not None
+        place = rivals.head * (1 << 40) + rivals.position
+        order = place.masked_fill_(~stays, torch.iinfo(place.dtype).max).argsort()[: sum(map(sum, counts))]
+        held.keys, held.values = [x[order] for x in rivals.keys], [x[order] for x in rivals.values]
+        held.positions, held.aas = rivals.position[order], rivals.aas[order]
+        held.sizes, held.longest = [sum(row) for row in counts], [max(row) for row in counts]
+        numbers = [number for row in counts for number in row]
+        held.starts = torch.tensor(list(accumulate(numbers, initial=0)), device=order.device)
+        held.write_keys, held.write_values = (
+            [part[writing.shift] for part in memory] for memory in (held.write_keys, held.write_values)
+        )
         held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
         held.unpacked = None
 
-    def _scores(self, row: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
+    def _scores(self, head: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
         """By which tokens compete: the attention paid to each, a query that could pay it."""
-        prompt, since, end = self.writing.reach[:, row]
+        assert self.held is not None
+        prompt, since, end = self.writing.reach[:, head // self.held.groups]
         score = aas / torch.where(position < prompt, self.policy.prior + since, end - position)
         score = score.pow(1 / self.policy.power)
         return score * self.codec.unpack(values).float().norm(dim=-1) if self.policy.value_norm else score
@@ -386,6 +411,32 @@ class HeadsLayer(UncountedLayer):
         return own + list(range(writing.first[row], writing.first[row] + writing.written[row]))
 
 
+def make_room(layers: Sequence[HeadsLayer]) -> None:
+    """Multi-step eviction: the older half of full write regions competes with the candidates of all layers and heads.
+
+    A layer whose written tokens matter takes slots from one that looks at the prompt alone: what is held together
+    stays the same.
+    """
+    writing, held = layers[0].writing, [layer.held for layer in layers if layer.held is not None]
+    groups, rivals = held[0].groups, [layer.rivals() for layer in layers]
+    order = torch.cat([one.score for one in rivals]).argsort(descending=True)
+    if len(writing.due) > 1:  # row after row, in each the best first
+        row = torch.cat([one.head[one.at] // groups for one in rivals])
+        order = order[row[order].argsort(stable=True)]
+    sizes = [sum(one.sizes[row] + leaving * groups for one in held) for row, leaving in writing.due.items()]
+    rooms = [sum(one.room[row] for one in held) for row in writing.due]
+    best = [part[:room] for part, room in zip(order.split(sizes), rooms, strict=True)]
+    kept = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, torch.cat(best), True)
+    kept = kept.split([one.at.shape[0] for one in rivals])
+    stays = [torch.ones_like(one.head, dtype=torch.bool).index_copy_(0, one.at, own)
+             for one, own in zip(rivals, kept, strict=True)]  # fmt: skip
+    rows = len(held[0].sizes)
+    counts = torch.stack([torch.zeros(rows * groups, dtype=torch.int64, device=own.device).index_add_(0, one.head, own.long())
+                          for one, own in zip(rivals, stays, strict=True)])  # fmt: skip
+    for layer, one, own, count in zip(layers, rivals, stays, counts.view(-1, rows, groups).tolist(), strict=True):
+        layer.leave(one, own, count)
+
+
 class HeadsCache(Cache):  # type: ignore[misc]
     """A cache for policies that give every head its own number of slots.
 
@@ -415,6 +466,8 @@ class HeadsCache(Cache):  # type: ignore[misc]
         self.writing = Writing(rows)
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
+        for layer in self.layers:
+            layer.siblings = self.layers
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 

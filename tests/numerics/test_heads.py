@@ -35,7 +35,7 @@ class Naive:
         self.values: list[list[list[Tensor]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.alive: list[list[list[int]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.paid: dict[tuple[int, int, int], float] = {}
-        self.room = [0] * self.layers
+        self.room = 0
         self.first = self.written = self.prompt = 0
         AttentionInterface.register("naive-look", self.attend)
         AttentionMaskInterface.register("naive-look", lambda **_: None)
@@ -109,33 +109,32 @@ class Naive:
                     rank = float("inf") if position == 0 else float(score[layer, group, position]) * norm
                     ranked.append((rank, layer, group, position))
         ranked.sort(reverse=True)
+        self.room = slots * self.layers * self.groups
         kept = {(layer, group, p) for _, layer, group, p in ranked[: slots * self.layers * self.groups]}
         for layer in range(self.layers):
             for group in range(self.groups):
                 self.alive[layer][group] = [p for p in range(self.prompt) if (layer, group, p) in kept]
-            self.room[layer] = sum(map(len, self.alive[layer]))
         self.paid = {place: float(score[place]) ** self.policy.power * self.policy.prior for place in kept}
         self.write, self.first = write, self.prompt
 
     def evict(self, now: int) -> None:
-        """When the write region is full its older half competes with all that the layer holds."""
+        """When the write region is full its older half competes with all that the layers hold."""
         if now - self.first < self.write:
             return
         leaving = self.write - self.write // 2
         self.first += leaving
+        ranked = []
         for layer in range(self.layers):
-            ranked = []
             for group in range(self.groups):
                 old = [p for p in self.alive[layer][group] if p < self.first]
                 for position in old:
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
                     score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
-                    ranked.append((float("inf") if position == old[0] else score, group, position))
-            ranked.sort(reverse=True)
-            gone = {(group, position) for _, group, position in ranked[self.room[layer] :]}
-            for group in range(self.groups):
-                self.alive[layer][group] = [p for p in self.alive[layer][group] if (group, p) not in gone]
+                    ranked.append((float("inf") if position == old[0] else score, layer, group, position))
+        ranked.sort(reverse=True)
+        for _, layer, group, position in ranked[self.room :]:
+            self.alive[layer][group].remove(position)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -346,7 +345,7 @@ def test_the_bytes_it_names_are_those_it_has_allocated(bits: int) -> None:
             model(torch.tensor([[5], [6]]), position_ids=torch.tensor([[90], [70]]) + step, past_key_values=cache)
             held = [layer.held for layer in cache.layers]
             tensors = [x for one in held for x in vars(one).values() if isinstance(x, torch.Tensor)]
-            tensors += [x for one in held for x in (*one.keys, *one.values)]
+            tensors += [x for one in held for x in (*one.keys, *one.values, *one.write_keys, *one.write_values)]
             allocated = sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
             # The end of one row's slots is the beginning of the next one's.
             assert cache.bytes() == allocated + 8 * len(cache.layers)

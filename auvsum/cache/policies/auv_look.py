@@ -99,10 +99,8 @@ class AUVLook(Policy):
     def regions(self, slots: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
         """Of `slots` a head on average: those of the candidates, and the tokens of the write region, which is kept in
         the model's type and so costs several slots a token."""
-        slot = 2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES
-        token = 2 * head_dim * element_bytes + _SLOT_BYTES
         write = max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
-        return slots - -(-write * token // slot), write
+        return slots - write, write
 
     def tokens_to_look_with(self, document: Sequence[int]) -> list[int]:
         """What is read again: the document's lead, then a piece of every 128 tokens."""
