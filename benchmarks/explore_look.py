@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from auvsum.engine.models import load
+from auvsum.eval.calibrate import LEFT_OUT, Calibration, Lesson
 from auvsum.eval.config import EvalConfig
 from auvsum.eval.datasets import load_examples
 from auvsum.eval.runner import Runner
@@ -805,61 +806,32 @@ class Explorer:
     # -- a profile, fitted --
 
     def fit(self, epochs: int, out: Path | None) -> None:
-        """Each head's factors on its scores by gradient descent through soft gates; seen on documents left out."""
-        probe, coding = self.probe, Coding()
-        for p in probe.model.parameters():
-            p.requires_grad_(False)
-        train = [d for rows in self.sets.values() for i, d in enumerate(rows) if i % 3]
-        shape = (probe.layers, probe.groups, 2)
-        # Whether a factor is a head's own, and whether written tokens compete.
-        variants = {"written compete, a head": (shape, True), "written free, a head": (shape, False),
-                    "written compete, a layer": ((probe.layers, 1, 2), True)}  # fmt: skip
-        fitted: dict[str, Tensor] = {}
-        for title, (size, compete) in variants.items():
-            factors = torch.zeros(size, device=probe.device, requires_grad=True)
-            optimizer = torch.optim.Adam([factors], lr=0.08)
-            steps, order = epochs * len(train), torch.Generator().manual_seed(0)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-            step, began, losses = 0, time.perf_counter(), []
-            for _ in range(epochs):
-                for at in torch.randperm(len(train), generator=order).tolist():
-                    document = train[at]
-                    warmth = 0.7 * (1 - step / steps) + 0.15
-                    score, own = self.mixed(document, factors)
-                    settings = []
-                    for share in (0.06, 0.02):
-                        number = slots(document, share, coding)
-                        if compete:
-                            z = torch.cat([score, own], -1).clamp_min(1e-12).log()
-                            soft = gates(z, number, warmth)
-                            n = score.shape[-1]
-                            settings.append(Setting("", soft[..., :n], own=soft[..., n:]))
-                        else:
-                            settings.append(Setting("", gates(score.clamp_min(1e-12).log(), number, warmth)))
-                    loss = (probe.judge(document, settings) - document.nats)[:, : document.scored].mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    step += 1
-                    losses.append(float(loss.detach()))
-            fitted[title] = factors.detach().expand(shape)
-            print(f"{title}: {step} steps, {time.perf_counter() - began:.0f} s, mean loss of the first and last "
-                  f"{len(train)} steps {statistics.fmean(losses[: len(train)]):.3f} "
-                  f"{statistics.fmean(losses[-len(train) :]):.3f}", flush=True)  # fmt: skip
-            if out:
-                kept = {key: value.tolist() for key, value in fitted.items()}
-                (out / "factors.json").write_text(json.dumps({"model": probe.loaded.name, "factors": kept}))
-        fitted["none"] = torch.zeros(shape, device=probe.device)
+        """Each head's factors, as `auvsum calibrate` learns them; seen on documents left out."""
+        probe = self.probe
+        documents = [document for _, document in self.all()]
+        lessons = []
+        for document in documents:
+            read, written = self.mixed(document)
+            end = document.scored
+            lessons.append(Lesson(document.ids, document.summary[: end + 1], document.key, document.value, read,
+                                  written[..., :end], document.nats[:end]))  # fmt: skip
+        calibration = Calibration(probe.loaded, lambda line: print(line, flush=True))
+        found = calibration.run(lessons, epochs)
+        print(f"{found.left_out} of {found.documents} left out: {found.before:.3f} -> {found.after:.3f}", flush=True)
+        if out:
+            (out / "profile.json").write_text(found.profile.to_json())
+        factors = found.profile.factors().log().to(probe.device)
+        at = 0
         for name, rows in self.sets.items():
-            for i, document in enumerate(rows):
-                pair, settings = self.pair(document, coding), []
+            for document in rows:
+                pair, settings = self.pair(document, Coding()), []
                 everything = torch.ones_like(document.own, dtype=torch.bool)
-                for title, factors in fitted.items():
-                    score, own = self.mixed(document, factors)
-                    seen = "unseen" if i % 3 == 0 else "seen"
+                seen = "seen" if at % LEFT_OUT else "unseen"
+                at += 1
+                for title, chosen in (("fitted", factors), ("none", torch.zeros_like(factors))):
+                    score, own = self.mixed(document, chosen)
                     for share in BUDGETS:
-                        number = slots(document, share, coding)
+                        number = slots(document, share, Coding())
                         free = choose(score, number)
                         for label, (keep, kept) in {
                             "free": (free, everything),
@@ -874,24 +846,6 @@ def both(score: Tensor, own: Tensor, number: float) -> tuple[Tensor, Tensor]:
     """One ranking of the prompt's tokens and written ones."""
     keep = choose(torch.cat([score, own], -1), number)
     return keep[..., : score.shape[-1]], keep[..., score.shape[-1] :]
-
-
-def gates(z: Tensor, number: float, warmth: float) -> Tensor:
-    """Logarithms of soft gates that add up to the budget; the threshold moves with the scores."""
-    wanted = number * z.shape[0] * z.shape[1]
-    flat = z.detach().flatten() / warmth
-    low, high = flat.min() - 10, flat.max() + 10
-    for _ in range(40):
-        middle = (low + high) / 2
-        many = torch.sigmoid(flat - middle).sum() > wanted
-        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
-    soft = torch.sigmoid(flat - low)
-    slope = (soft * (1 - soft)).view_as(z)
-    threshold = low + (slope * (z - z.detach()) / warmth).sum() / slope.sum()
-    bias = torch.nn.functional.logsigmoid(z / warmth - threshold)
-    keep = torch.zeros_like(bias)
-    keep[..., 0] = 1
-    return bias * (1 - keep)
 
 
 def prepare(probe: Probe, args: argparse.Namespace) -> dict[str, list[Document]]:
@@ -936,7 +890,9 @@ def main() -> None:
     parser.add_argument("--sets", default="cnn_dailymail,beigebook,gao,xsum5")
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--half", choices=("even", "odd"), default="even")
-    parser.add_argument("--experiments", default="codecs,fit_bases,look,scores,equal,residuals,squares,blends,written,fit")
+    parser.add_argument(
+        "--experiments", default="codecs,fit_bases,look,scores,equal,residuals,squares,blends,written,fit"
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rows", type=int, default=80, help="settings a batch, at 2,000 tokens")
     parser.add_argument("--model")

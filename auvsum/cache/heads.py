@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache
 
 from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, make_codec
+from auvsum.cache.head_profiles import find_profile
 from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.cache.ragged import Slots, Writing
 from auvsum.cache.rotary import Rotary
@@ -97,6 +98,8 @@ class HeadsLayer(UncountedLayer):
         self.number, self.layers = place
         #: All layers of the cache.
         self.siblings: Sequence[HeadsLayer] = [self]
+        #: What its tokens are worth, those of the prompt and written ones, `[G, 2]`; None for all the same.
+        self.factors: Tensor | None = None
         #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
         self.rows: list[Open | None] = [None] * len(writing.active)
         self.loose: dict[int, Slots] = {}
@@ -108,7 +111,8 @@ class HeadsLayer(UncountedLayer):
         self.draft: Open | None = None
         #: How many of an open row's tokens stand before those that look.
         self.before: int | None = None
-        self.codec: Codec = Codec(torch.float32)
+        #: Of candidates, and of the newest tokens.
+        self.codec = self.write_codec = Codec(torch.float32)
         #: For measurements of quality alone: a step need not unpack what has not changed, at the price of its memory.
         self.keeps_unpacked = False
         self.transient = 0
@@ -117,6 +121,7 @@ class HeadsLayer(UncountedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.codec = make_codec(key_states.dtype, self.bits)
+        self.write_codec = make_codec(key_states.dtype, self.policy.bits_of_the_newest(self.bits))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -231,27 +236,26 @@ class HeadsLayer(UncountedLayer):
     def _step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """The next tokens of all rows, one in decoding; query `[M, H, T, D]`, key, value `[M, G, T, D]`. Returns
         `[M, T, H, D]`."""
-        held, writing, codec = self.held, self.writing, self.codec
+        held, writing, codec, newest = self.held, self.writing, self.codec, self.write_codec
         assert held is not None
         (rows, heads, tokens, size), groups = query.shape, key.shape[1]
         for memory, new in ((held.write_keys, key), (held.write_values, value)):
-            codec.encode(memory, writing.at, new.transpose(1, 2).reshape(-1, groups, size))
+            newest.encode(memory, writing.at, new.transpose(1, 2).reshape(-1, groups, size))
         keys, values, index, padding = self._candidates(held)
         longest = keys.shape[2]
         own_key, own_value = (
-            codec.unpack([part[writing.region] for part in memory]).view(rows, -1, groups, size).transpose(1, 2)
+            newest.unpack([part[writing.region] for part in memory]).view(rows, -1, groups, size).transpose(1, 2)
             for memory in (held.write_keys, held.write_values)
         )
-        # A group's query heads after each other, T tokens each.
-        asked = codec.turn(query.reshape(rows, groups, -1, size))
-        logits = torch.cat([asked @ keys.mT, asked @ own_key.mT], -1).float()
+        asked = query.reshape(rows, groups, -1, size)  # a group's query heads after each other, T tokens each
+        logits = torch.cat([codec.turn(asked) @ keys.mT, newest.turn(asked) @ own_key.mT], -1).float()
         logits[..., :longest].masked_fill_(padding[:, :, None], -torch.inf)
         if writing.later is not None:
             own = logits.view(rows, groups, -1, tokens, logits.shape[-1])[..., longest:]
             own.masked_fill_(writing.later[:, None, None], -torch.inf)
         probabilities = logits.mul_(scale).softmax(-1)
         spread = probabilities.to(values.dtype)
-        out = codec.turn_back(spread[..., :longest] @ values + spread[..., longest:] @ own_value)
+        out = codec.turn_back(spread[..., :longest] @ values) + newest.turn_back(spread[..., longest:] @ own_value)
         paid = probabilities.pow_(self.policy.power).sum(2).div_(heads // groups)
         # Padding points at some slot and adds nothing to it: its probability is 0.
         held.aas.index_add_(0, index.view(-1), paid[..., :longest].reshape(-1))
@@ -296,8 +300,8 @@ class HeadsLayer(UncountedLayer):
             positions=position.to(torch.int32),
             aas=(score[head, position].pow(self.policy.power) * self.policy.prior).float(),
             starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
-            write_keys=self.codec.allocate((write, groups), size, head.device),
-            write_values=self.codec.allocate((write, groups), size, head.device),
+            write_keys=self.write_codec.allocate((write, groups), size, head.device),
+            write_values=self.write_codec.allocate((write, groups), size, head.device),
             write_aas=torch.zeros((write, groups), dtype=torch.float32, device=head.device),
             sizes=[sum(counts)],
             longest=[max(counts)],
@@ -321,9 +325,12 @@ class HeadsLayer(UncountedLayer):
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
         oldest[0].fill_(True)
+        flushed = (
+            self.write_codec.decode(x, writing.flush).flatten(0, 1) for x in (held.write_keys, held.write_values)
+        )
         keys, values = (
-            [torch.cat([part, new[writing.flush].flatten(0, 1)]) for part, new in zip(kept, written, strict=True)]
-            for kept, written in ((held.keys, held.write_keys), (held.values, held.write_values))
+            [torch.cat(parts) for parts in zip(kept, self.codec.pack(new), strict=True)]
+            for kept, new in zip((held.keys, held.values), flushed, strict=True)
         )
         every = torch.arange(head.shape[0], device=device)
         at = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
@@ -354,9 +361,13 @@ class HeadsLayer(UncountedLayer):
     def _scores(self, head: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
         """By which tokens compete: the attention paid to each, a query that could pay it."""
         assert self.held is not None
-        prompt, since, end = self.writing.reach[:, head // self.held.groups]
-        score = aas / torch.where(position < prompt, self.policy.prior + since, end - position)
-        score = score.pow(1 / self.policy.power)
+        groups = self.held.groups
+        prompt, since, end = self.writing.reach[:, head // groups]
+        read = position < prompt
+        score = (aas / torch.where(read, self.policy.prior + since, end - position)).pow(1 / self.policy.power)
+        if self.factors is not None:
+            self.factors = self.factors.to(score.device)
+            score *= self.factors[head % groups, (~read).long()]
         return score * self.codec.unpack(values).float().norm(dim=-1) if self.policy.value_norm else score
 
     # -- looking in from outside --------------------------------------------------------------------------------------
@@ -431,8 +442,8 @@ def make_room(layers: Sequence[HeadsLayer]) -> None:
     stays = [torch.ones_like(one.head, dtype=torch.bool).index_copy_(0, one.at, own)
              for one, own in zip(rivals, kept, strict=True)]  # fmt: skip
     rows = len(held[0].sizes)
-    counts = torch.stack([torch.zeros(rows * groups, dtype=torch.int64, device=own.device).index_add_(0, one.head, own.long())
-                          for one, own in zip(rivals, stays, strict=True)])  # fmt: skip
+    none = torch.zeros(rows * groups, dtype=torch.int64, device=order.device)
+    counts = torch.stack([none.index_add(0, one.head, own.long()) for one, own in zip(rivals, stays, strict=True)])
     for layer, one, own, count in zip(layers, rivals, stays, counts.view(-1, rows, groups).tolist(), strict=True):
         layer.leave(one, own, count)
 
@@ -464,10 +475,14 @@ class HeadsCache(Cache):  # type: ignore[misc]
             raise PolicyError(message, f"give it {policy.least_slots} or more")
         self._peak = 0
         self.writing = Writing(rows)
+        profile = find_profile(config) if policy.profile else None
+        #: What tokens of each head are worth, the prompt's and written ones, `[layers, G, 2]`; None for all the same.
+        self.factors = None if profile is None else profile.factors()
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
         for layer in self.layers:
             layer.siblings = self.layers
+            layer.factors = None if self.factors is None else self.factors[layer.number]
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 
@@ -557,6 +572,8 @@ class HeadsCache(Cache):  # type: ignore[misc]
         ranking = score
         if self.policy.value_norm:
             ranking = score * torch.stack([layer.rows[row].value.float().norm(dim=-1) for layer in self.layers])
+        if self.factors is not None:
+            ranking = ranking * self.factors[..., :1].to(ranking.device)
         # The first token stays in every head: it takes the attention that a query has no use for.
         ranking = ranking.clone()
         ranking[..., 0] = torch.inf

@@ -44,6 +44,8 @@ class AUVLook(Policy):
         power: of attention, of which the mean's root is the score: 1 is AUV's mean, 2 the root mean square.
         value_norm: whether a score is multiplied by the length of its value.
         prior: how many written tokens the prompt's score counts for, once writing has begun.
+        write_bits: of the newest tokens, those of the write region; candidates in more bits have as many.
+        profile: whether scores are multiplied with the model's factors a head, where it has a profile.
     """
 
     look: float = 0.25
@@ -54,6 +56,8 @@ class AUVLook(Policy):
     power: float = 2.0
     value_norm: bool = False
     prior: int = 64
+    write_bits: int = 16
+    profile: bool = True
 
     name: ClassVar[str] = "auv-look"
     paper: ClassVar[str] = "AUV's scores over a second look at the prompt; after KVzip (Kim et al., NeurIPS 2025)"
@@ -98,9 +102,15 @@ class AUVLook(Policy):
 
     def regions(self, slots: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
         """Of `slots` a head on average: those of the candidates, and the tokens of the write region, which is kept in
-        the model's type and so costs several slots a token."""
+        more bits and so costs several slots a token."""
+        slot = 2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES
+        token = 2 * vector_bytes(head_dim, element_bytes, self.bits_of_the_newest(bits)) + _SLOT_BYTES
         write = max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
-        return slots - write, write
+        return slots - -(-write * token // slot), write
+
+    def bits_of_the_newest(self, bits: int) -> int:
+        """Bits of a channel in the write region, where candidates have `bits`."""
+        return max(self.write_bits, bits)
 
     def tokens_to_look_with(self, document: Sequence[int]) -> list[int]:
         """What is read again: the document's lead, then a piece of every 128 tokens."""
