@@ -11,7 +11,7 @@ import typer
 from auvsum._env import prepare
 from auvsum.cli import options
 from auvsum.cli.guard import guarded
-from auvsum.errors import DatasetError, DocumentError
+from auvsum.errors import DatasetError, DocumentEmpty, DocumentError
 from auvsum.ui.console import Console
 
 
@@ -89,6 +89,8 @@ def command(
             runner = Runner(config, loaded, examples)
             for example in runner.examples:
                 try:
+                    if not example.document.strip():
+                        raise DocumentEmpty("the document is empty")
                     prompt = runner.prompter.ask(example.document).prompt
                     lessons.append(calibration.lesson(prompt.ids, prompt.document, runner.prompter.max_new_tokens))
                 except DocumentError as error:
@@ -107,10 +109,10 @@ def command(
                 "give more documents, or --out FILE to keep it anyway",
             )
             return 1
-        path = out or own_profiles() / f"{Path(loaded.name).name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, found.profile.to_json().encode())
-        console.write(f"{path}\n")
+        place = out or own_profiles() / f"{Path(loaded.name).name}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(place, found.profile.to_json().encode())
+        console.write(f"{place}\n")
         return 0
 
     return guarded(console, work)

@@ -97,14 +97,14 @@ class Calibration:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         order = torch.Generator().manual_seed(0)
         for epoch in range(epochs):
-            losses = []
+            losses: list[float] = []
             for at in torch.randperm(len(seen), generator=order).tolist():
                 done = epoch + len(losses) / len(seen)
                 warmth = _HARD + (_SOFT - _HARD) * (1 - done / epochs)
                 optimizer.zero_grad()
                 with torch.enable_grad():
                     loss = self._lost(seen[at], factors, _SHARES, warmth)
-                    (loss + _HELD_BACK * factors.square().sum()).backward()
+                    (loss + _HELD_BACK * factors.square().sum()).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 losses.append(float(loss.detach()))
@@ -180,8 +180,8 @@ class Calibration:
         finally:
             self._lesson = self._gates = None
             self.model.set_attn_implementation("auvsum")
-        chosen: Tensor = logits.gather(-1, summary[:, 1:, None])[..., 0]
-        return logits.logsumexp(-1) - chosen
+        nats: Tensor = logits.logsumexp(-1) - logits.gather(-1, summary[:, 1:, None])[..., 0]
+        return nats
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float = 1.0, **_: Any
