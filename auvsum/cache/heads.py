@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache
 from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, make_codec
 from auvsum.cache.head_profiles import find_profile
-from auvsum.cache.policies.auv_look import AUVLook
+from auvsum.cache.policies.auv_look import AUVLook, bits_of_the_newest
 from auvsum.cache.ragged import Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
@@ -68,24 +68,6 @@ class Look:
     asked: Tensor | None = None
 
 
-@dataclass
-class _Rivals:
-    """What competes for a layer's slots in one eviction: its candidates, then the tokens that leave write regions.
-
-    Attributes:
-        keys, values: as the codec keeps them. head: of all rows, `row * G + group`. position, aas: as in `Slots`.
-        at: those that compete, the others belong to rows that are not due. score: fp32, of these.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    head: Tensor
-    position: Tensor
-    aas: Tensor
-    at: Tensor
-    score: Tensor
-
-
 class HeadsLayer(UncountedLayer):
     """One layer of a `HeadsCache`."""
 
@@ -96,8 +78,6 @@ class HeadsLayer(UncountedLayer):
         self.policy, self.bits = policy, bits
         self.writing = writing
         self.number, self.layers = place
-        #: All layers of the cache.
-        self.siblings: Sequence[HeadsLayer] = [self]
         #: What its tokens are worth, those of the prompt and written ones, `[G, 2]`; None for all the same.
         self.factors: Tensor | None = None
         #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
@@ -121,7 +101,7 @@ class HeadsLayer(UncountedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.codec = make_codec(key_states.dtype, self.bits)
-        self.write_codec = make_codec(key_states.dtype, self.policy.bits_of_the_newest(self.bits))
+        self.write_codec = make_codec(key_states.dtype, bits_of_the_newest(self.bits))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -264,8 +244,8 @@ class HeadsLayer(UncountedLayer):
             held.write_aas[writing.region] += own_paid
         else:
             held.write_aas.index_add_(0, writing.region.view(-1), own_paid)
-        if writing.due and self.number == self.layers - 1:
-            make_room(self.siblings)
+        if writing.due:
+            self._make_room(held)
         return out.view(rows, heads, tokens, size).transpose(1, 2)
 
     def _candidates(self, held: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -309,14 +289,12 @@ class HeadsLayer(UncountedLayer):
             widths=[write],
         )
 
-    def rivals(self) -> _Rivals:
-        """What the rows that are due hold, and the older half of their write regions."""
-        held, writing = self.held, self.writing
-        assert held is not None
-        groups, device = held.groups, held.aas.device
+    def _make_room(self, held: Slots) -> None:
+        """Multi-step eviction: the older half of a full write region competes with the candidates of all heads."""
+        writing, groups, device = self.writing, held.groups, held.aas.device
         count, bounds = held.positions.shape[0], held.bounds()
-        old = torch.arange(len(held.sizes) * groups, device=device)
-        old = old.repeat_interleave(held.starts.diff(), output_size=count)
+        rows = len(held.sizes)
+        old = torch.arange(rows * groups, device=device).repeat_interleave(held.starts.diff(), output_size=count)
         fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
         head = torch.cat([old, fresh.view(-1)])
         position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
@@ -333,27 +311,26 @@ class HeadsLayer(UncountedLayer):
             for kept, new in zip((held.keys, held.values), flushed, strict=True)
         )
         every = torch.arange(head.shape[0], device=device)
-        at = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
-        score = self._scores(head[at], position[at], aas[at], [x[at] for x in values])
-        return _Rivals(keys, values, head, position, aas, at, score.masked_fill_(oldest[at], torch.inf))
-
-    def leave(self, rivals: _Rivals, stays: Tensor, counts: list[list[int]]) -> None:
-        """Frees the rivals that do not stay.
-
-        Args:
-            stays: bool, in the order of `rivals.head`. counts: of what stays, for each row and head.
-        """
-        held, writing = self.held, self.writing
-        assert held is not None
-        place = rivals.head * (1 << 40) + rivals.position
-        order = place.masked_fill_(~stays, torch.iinfo(place.dtype).max).argsort()[: sum(map(sum, counts))]
-        held.keys, held.values = [x[order] for x in rivals.keys], [x[order] for x in rivals.values]
-        held.positions, held.aas = rivals.position[order], rivals.aas[order]
-        held.sizes, held.longest = [sum(row) for row in counts], [max(row) for row in counts]
-        numbers = [number for row in counts for number in row]
-        held.starts = torch.tensor(list(accumulate(numbers, initial=0)), device=order.device)
+        rivals = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
+        score = self._scores(head[rivals], position[rivals], aas[rivals], [x[rivals] for x in values])
+        score.masked_fill_(oldest[rivals], torch.inf)
+        order = score.argsort(descending=True)
+        if len(writing.due) > 1:  # row after row, in each the best first
+            order = order[(head[rivals[order]] // groups).argsort(stable=True)]
+        sizes = [held.sizes[row] + leaving * groups for row, leaving in writing.due.items()]
+        kept = [min(held.room[row], size) for row, size in zip(writing.due, sizes, strict=True)]
+        best = rivals[torch.cat([part[:most] for part, most in zip(torch.split(order, sizes), kept, strict=True)])]
+        best = best[(head[best] * (1 << 40) + position[best]).argsort()]
+        chosen = dict(zip(writing.due, torch.split(best, kept), strict=True))
+        order = torch.cat([chosen.get(row, every[slice(*bounds[row])]) for row in range(rows)])
+        held.keys, held.values = [x[order] for x in keys], [x[order] for x in values]
+        held.positions, held.aas = position[order], aas[order]
+        held.sizes = [len(chosen[row]) if row in chosen else size for row, size in enumerate(held.sizes)]
+        counts = torch.bincount(head[order], minlength=rows * groups)
+        held.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        held.longest = counts.view(rows, groups).amax(1).tolist()
         held.write_keys, held.write_values = (
-            [part[writing.shift] for part in memory] for memory in (held.write_keys, held.write_values)
+            [x[writing.shift] for x in kept] for kept in (held.write_keys, held.write_values)
         )
         held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
         held.unpacked = None
@@ -422,32 +399,6 @@ class HeadsLayer(UncountedLayer):
         return own + list(range(writing.first[row], writing.first[row] + writing.written[row]))
 
 
-def make_room(layers: Sequence[HeadsLayer]) -> None:
-    """Multi-step eviction: the older half of full write regions competes with the candidates of all layers and heads.
-
-    A layer whose written tokens matter takes slots from one that looks at the prompt alone: what is held together
-    stays the same.
-    """
-    writing, held = layers[0].writing, [layer.held for layer in layers if layer.held is not None]
-    groups, rivals = held[0].groups, [layer.rivals() for layer in layers]
-    order = torch.cat([one.score for one in rivals]).argsort(descending=True)
-    if len(writing.due) > 1:  # row after row, in each the best first
-        row = torch.cat([one.head[one.at] // groups for one in rivals])
-        order = order[row[order].argsort(stable=True)]
-    sizes = [sum(one.sizes[row] + leaving * groups for one in held) for row, leaving in writing.due.items()]
-    rooms = [sum(one.room[row] for one in held) for row in writing.due]
-    best = [part[:room] for part, room in zip(order.split(sizes), rooms, strict=True)]
-    kept = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, torch.cat(best), True)
-    kept = kept.split([one.at.shape[0] for one in rivals])
-    stays = [torch.ones_like(one.head, dtype=torch.bool).index_copy_(0, one.at, own)
-             for one, own in zip(rivals, kept, strict=True)]  # fmt: skip
-    rows = len(held[0].sizes)
-    none = torch.zeros(rows * groups, dtype=torch.int64, device=order.device)
-    counts = torch.stack([none.index_add(0, one.head, own.long()) for one, own in zip(rivals, stays, strict=True)])
-    for layer, one, own, count in zip(layers, rivals, stays, counts.view(-1, rows, groups).tolist(), strict=True):
-        layer.leave(one, own, count)
-
-
 class HeadsCache(Cache):  # type: ignore[misc]
     """A cache for policies that give every head its own number of slots.
 
@@ -481,7 +432,6 @@ class HeadsCache(Cache):  # type: ignore[misc]
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
         for layer in self.layers:
-            layer.siblings = self.layers
             layer.factors = None if self.factors is None else self.factors[layer.number]
 
     # -- one prompt ---------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Naive:
         self.values: list[list[list[Tensor]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.alive: list[list[list[int]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.paid: dict[tuple[int, int, int], float] = {}
-        self.room = 0
+        self.room = [0] * self.layers
         self.first = self.written = self.prompt = 0
         AttentionInterface.register("naive-look", self.attend)
         AttentionMaskInterface.register("naive-look", lambda **_: None)
@@ -112,11 +112,11 @@ class Naive:
                     rank = float("inf") if position == 0 else rank
                     ranked.append((rank, layer, group, position))
         ranked.sort(reverse=True)
-        self.room = slots * self.layers * self.groups
         kept = {(layer, group, p) for _, layer, group, p in ranked[: slots * self.layers * self.groups]}
         for layer in range(self.layers):
             for group in range(self.groups):
                 self.alive[layer][group] = [p for p in range(self.prompt) if (layer, group, p) in kept]
+            self.room[layer] = sum(map(len, self.alive[layer]))
         self.paid = {place: float(score[place]) ** self.policy.power * self.policy.prior for place in kept}
         self.write, self.first = write, self.prompt
 
@@ -125,13 +125,13 @@ class Naive:
         return 1.0 if self.factors is None else float(self.factors[layer, group, int(position >= self.prompt)])
 
     def evict(self, now: int) -> None:
-        """When the write region is full its older half competes with all that the layers hold."""
+        """When the write region is full its older half competes with all that the layer holds."""
         if now - self.first < self.write:
             return
         leaving = self.write - self.write // 2
         self.first += leaving
-        ranked = []
         for layer in range(self.layers):
+            ranked = []
             for group in range(self.groups):
                 old = [p for p in self.alive[layer][group] if p < self.first]
                 for position in old:
@@ -139,10 +139,10 @@ class Naive:
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
                     score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
                     score *= self.factor(layer, group, position)
-                    ranked.append((float("inf") if position == old[0] else score, layer, group, position))
-        ranked.sort(reverse=True)
-        for _, layer, group, position in ranked[self.room :]:
-            self.alive[layer][group].remove(position)
+                    ranked.append((float("inf") if position == old[0] else score, group, position))
+            ranked.sort(reverse=True)
+            for _, group, position in ranked[self.room[layer] :]:
+                self.alive[layer][group].remove(position)
 
 
 @pytest.mark.parametrize("name", MODELS)

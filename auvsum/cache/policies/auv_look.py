@@ -18,6 +18,8 @@ from auvsum.errors import PolicyError
 _STRIDE = 128
 #: The bounds of the write region, and the slots that a token of it stands for.
 _LEAST_WRITE, _MOST_WRITE, _SLOTS_PER_WRITE = 4, 32, 32
+#: Bits of a channel in the write region, at least.
+_WRITE_BITS = 8
 #: fp32 sum of attention and int32 position of a slot, per KV head.
 _SLOT_BYTES = 4 + 4
 
@@ -44,7 +46,6 @@ class AUVLook(Policy):
         power: of attention, of which the mean's root is the score: 1 is AUV's mean, 2 the root mean square.
         value_norm: whether a score is multiplied by the length of its value.
         prior: how many written tokens the prompt's score counts for, once writing has begun.
-        write_bits: of the newest tokens, those of the write region; candidates in more bits have as many.
         profile: whether scores are multiplied with the model's factors a head, where it has a profile.
     """
 
@@ -56,7 +57,6 @@ class AUVLook(Policy):
     power: float = 2.0
     value_norm: bool = False
     prior: int = 64
-    write_bits: int = 16
     profile: bool = True
 
     name: ClassVar[str] = "auv-look"
@@ -104,13 +104,9 @@ class AUVLook(Policy):
         """Of `slots` a head on average: those of the candidates, and the tokens of the write region, which is kept in
         more bits and so costs several slots a token."""
         slot = 2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES
-        token = 2 * vector_bytes(head_dim, element_bytes, self.bits_of_the_newest(bits)) + _SLOT_BYTES
+        token = 2 * vector_bytes(head_dim, element_bytes, bits_of_the_newest(bits)) + _SLOT_BYTES
         write = max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
         return slots - -(-write * token // slot), write
-
-    def bits_of_the_newest(self, bits: int) -> int:
-        """Bits of a channel in the write region, where candidates have `bits`."""
-        return max(self.write_bits, bits)
 
     def tokens_to_look_with(self, document: Sequence[int]) -> list[int]:
         """What is read again: the document's lead, then a piece of every 128 tokens."""
@@ -133,6 +129,12 @@ class AUVLook(Policy):
         scale = found[0][0].sum()
         parts = [x * (share / whole if whole else 1.0) * (scale / x.sum().clamp_min(1e-20)) for x, share in found]
         return torch.stack(parts).sum(0)
+
+
+def bits_of_the_newest(bits: int) -> int:
+    """Bits of a channel in the write region, where candidates have `bits`: what the newest tokens lose in 4 bits costs
+    more than the slots that 8 take."""
+    return max(bits, _WRITE_BITS)
 
 
 POLICY = AUVLook
