@@ -252,14 +252,14 @@ class NaivePyramid(NaiveSnap):
 
 
 class NaiveNacl(NaiveRing):
-    """2.5% first, 2.5% last (or `recent`, in a quarter at most), 35% drawn without replacement, the rest by score."""
+    """2.5% first, 2.5% last, 35% drawn without replacement, the rest by score."""
 
-    seed, recent = 0, 1
+    seed = 0
     layer = number = 0
     siblings: list[NaiveHead]
 
     def ring(self) -> int:
-        return max(1, self.slots // 40, min(self.recent, self.slots // 4))
+        return max(1, self.slots // 40)
 
     def noise(self, n: int) -> list[float]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.layer)
@@ -277,9 +277,8 @@ class NaiveNacl(NaiveRing):
         sums, noise = self.window_sums(self.proxies(n)), self.noise(n)
         s = {id(token): sums[j] for j, token in enumerate(self.live)}
         g = {id(token): noise[j] for j, token in enumerate(self.live)}
-        last = self.ring()
-        middle = self.live[ends : n - last]
-        best = self.slots - ends - last - drawn
+        middle = self.live[ends : n - ends]
+        best = self.slots - 2 * ends - drawn
         rest = self.select(middle, lambda token: s[id(token)], len(middle) - best)
         # The largest s + Gumbel noise: a draw without replacement with probability softmax(s).
         unlucky = self.select(rest, lambda token: s[id(token)] + g[id(token)], len(rest) - drawn)

@@ -208,19 +208,6 @@ def test_nacl_draws_by_its_seed(llama: PreTrainedModel, seed: int) -> None:
     assert once != other
 
 
-class NaclLongRing(nb.NaiveNacl):
-    recent = 4
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_nacl_keeps_more_of_the_last_tokens_if_asked(model: PreTrainedModel, prompt: str) -> None:
-    calls = harness.split(tiny.tokens(PROMPTS[prompt] + STEPS, seed=61), PROMPTS[prompt])
-    want = expected(model, calls, NaclLongRing)
-    harness.compare(harness.run_package(model, calls, policy="nacl", recent=4, slots=SLOTS)[0], want)
-    with pytest.raises(PolicyError, match="recent is 0"):
-        make_policy("nacl", recent=0)
-
-
 # -- mutations: each comparison above can fail -------------------------------------------------------------------------
 
 

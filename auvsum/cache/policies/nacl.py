@@ -11,7 +11,6 @@ from torch import Tensor
 from auvsum.cache.policy import ascending, token_columns
 from auvsum.cache.rings import Ring
 from auvsum.cache.store import Held, SlotStore
-from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
 
 
@@ -25,21 +24,14 @@ class NACL(Ring):
 
     Args:
         seed: of the draws; they differ from layer to layer and head to head.
-        recent: how many the last tokens are at least, where a quarter of the slots holds them. The share alone is one
-            slot below 80 slots, and a ring of one forgets each token that is written as soon as the next is.
     """
 
     seed: int = 0
-    recent: int = 1
 
     name: ClassVar[str] = "nacl"
     paper: ClassVar[str] = "NACL: A General and Effective KV Cache Eviction Framework for LLMs, arXiv 2408.03675"
     evicts: ClassVar[str] = "end of prompt; a ring of the last tokens in decode"
     streams: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.recent < 1:
-            raise PolicyError(f"recent is {self.recent}", "it is a number of tokens, at least 1")
 
     @property
     def least_slots(self) -> int:
@@ -54,23 +46,18 @@ class NACL(Ring):
     def choose(self, held: Held, capacity: int) -> Tensor | None:
         if held.size <= capacity:
             return None
-        ends, drawn, last = max(1, capacity // 40), max(1, capacity * 35 // 100), self.last(capacity)
+        ends, drawn = max(1, capacity // 40), max(1, capacity * 35 // 100)
         scores = held.state["score"].double()
         taken = torch.zeros_like(scores, dtype=torch.bool)
         taken[:, :ends] = True
-        taken[:, held.size - last :] = True
-        for count, by in ((capacity - ends - last - drawn, scores), (drawn, scores + held.state["noise"])):
+        taken[:, held.size - ends :] = True
+        for count, by in ((capacity - 2 * ends - drawn, scores), (drawn, scores + held.state["noise"])):
             best = ascending(by.masked_fill(taken, -torch.inf))[:, held.size - count :]
             taken.scatter_(1, best, True)
         return taken.nonzero()[:, 1].view(taken.shape[0], capacity)
 
     def ring(self, store: SlotStore) -> Tensor:
-        floor = (store.capacity // 4).clamp(1, self.recent)
-        return torch.maximum(store.capacity // 40, floor)
-
-    def last(self, capacity: int) -> int:
-        """How many of a row's slots are for the last tokens."""
-        return max(1, capacity // 40, min(self.recent, capacity // 4))
+        return (store.capacity // 40).clamp(min=1)
 
 
 def gumbel(seed: int, layer: int, heads: int, tokens: int) -> Tensor:
