@@ -158,10 +158,14 @@ def attend_chunk(
         found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded)
         return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
+    joined = _triton_join() if query.device.type == "cuda" and past else None
     if past:
         old, old_lse = fused_attention(query, key[:, :, :past], value[:, :, :past], scaling, causal=False)
-        out, lse = _join(out, lse, old, old_lse)
-    if folded is not None:
+        if joined is not None:
+            out, lse = joined.join(query, (out, lse), (old, old_lse), folded, scaling)
+        else:
+            out, lse = _join(out, lse, old, old_lse)
+    if folded is not None and joined is None:
         repeats = query.shape[1] // key.shape[1]
         one_key, one_value, valid = (x.repeat_interleave(repeats, 0) for x in folded)
         logit = (query[0].float() @ one_key.float().transpose(1, 2))[..., 0] * scaling  # [H, T]
@@ -182,6 +186,15 @@ def _plain_chunk() -> ModuleType:
     from auvsum.kernels import plain_chunk  # which builds on this module
 
     return plain_chunk
+
+
+@functools.cache
+def _triton_join() -> ModuleType | None:
+    try:
+        from auvsum.kernels import join
+    except ImportError:  # no Triton
+        return None
+    return join
 
 
 @functools.cache

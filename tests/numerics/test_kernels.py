@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from tests import tiny
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -21,7 +24,8 @@ from auvsum.cache.policies.full import Full
 from auvsum.cache.policies.h2o import H2O
 from auvsum.cache.policy import Policy
 from auvsum.cache.store import SlotStore
-from auvsum.kernels import decode_step, matvec, norm, reference, score_kernel, squeeze
+from auvsum.engine.fuse import fuse
+from auvsum.kernels import decode_step, join, matvec, norm, pointwise, reference, score_kernel, squeeze
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -267,3 +271,64 @@ def test_matvec_and_norm(outputs: int) -> None:
     close(norm.norm(rows, scale, shift, 1e-5, False), layer, 1e-3, "LayerNorm")
     rms = rows.double() * (rows.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double()
     close(norm.norm(rows, scale, None, 1e-5, True), rms, 1e-3, "RMSNorm")
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "chunk"), [(4, 2, 64, 37), (3, 1, 80, 5), (2, 2, 256, 130)])
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if CUDA else [torch.float32])
+def test_join(heads: int, groups: int, size: int, chunk: int, folded: bool, dtype: torch.dtype) -> None:
+    """Softmax over three sets of keys from the softmax over each; one group's reconstructed key is not live."""
+    past, scale = 29, size**-0.5
+    query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
+    sets = [torch.randn(2, 1, groups, n, size, device=DEVICE).to(dtype) for n in (chunk, past, 1)]
+    valid = torch.arange(groups, device=DEVICE)[:, None] > 0
+    logits = []
+    for number, (keys, _) in enumerate(sets):
+        each = query.double() @ keys.double().repeat_interleave(heads // groups, 1).transpose(2, 3) * scale
+        if number == 0:
+            each = each.masked_fill(torch.ones(chunk, chunk, dtype=torch.bool, device=DEVICE).triu(1), -torch.inf)
+        if number == 2:
+            seen = (valid if folded else valid & False).repeat_interleave(heads // groups, 0)
+            each = each.masked_fill(~seen[None, :, :, None], -torch.inf)
+        logits.append(each)
+    wide = [values.double().repeat_interleave(heads // groups, 1) for _, values in sets]
+    parts = [(each.softmax(-1) @ v, each.logsumexp(-1).float()) for each, v in zip(logits[:2], wide, strict=False)]
+    own, old = ((out.to(dtype), lse) for out, lse in parts)
+    mean = (sets[2][0, 0], sets[2][1, 0], valid) if folded else None
+    out, lse = join.join(query, own, old, mean, scale)
+    every = torch.cat(logits, -1)
+    close(out, every.softmax(-1) @ torch.cat(wide, 2), 1e-5 if dtype == torch.float32 else 1e-2, "output")
+    close(lse, every.logsumexp(-1), 1e-5, "lse")
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "tokens"), [(4, 2, 64, 5), (3, 1, 80, 1), (2, 2, 256, 3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32] if CUDA else [torch.float32])
+def test_turn_and_gate_are_those_of_transformers(
+    heads: int, groups: int, size: int, tokens: int, dtype: torch.dtype
+) -> None:
+    packed = torch.randn(2, tokens, (heads + groups) * size, device=DEVICE).to(dtype)
+    query, key = (x.view(2, tokens, -1, size).transpose(1, 2) for x in packed.split([heads * size, groups * size], -1))
+    for batch in (1, 2):
+        cos, sin = (torch.rand(batch, tokens, size, device=DEVICE).to(dtype) for _ in range(2))
+        wanted = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin)
+        for got, expected in zip(pointwise.turn(query, key, cos, sin), wanted, strict=True):
+            close(got, expected, 1e-6, "turned")
+    first, second = packed.chunk(2, -1) if packed.shape[-1] % 2 == 0 else (packed, packed)
+    wanted = torch.nn.functional.silu(first) * second
+    close(pointwise.gate(torch.cat([first, second], -1)), wanted, 1e-6 if dtype == torch.float32 else 1e-3, "gate")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_a_fused_model_computes_the_same(family: str) -> None:
+    """And it is the fused code that ran: the model's own rotary function is not called any more."""
+    model = (tiny.tiny_llama() if family == "llama" else tiny.tiny_opt()).to(DEVICE)
+    ids = torch.arange(7, 19, device=DEVICE)[None]
+    wanted = model(ids).logits
+    fuse(model)
+    close(model(ids).logits, wanted, 1e-4, "logits")
+    close(model(ids[:, :1]).logits, wanted[:, :1], 1e-4, "one token")
+    if family == "llama":
+        attention, feed_forward = model.model.layers[0].self_attn, model.model.layers[0].mlp
+        assert attention.forward.__globals__["apply_rotary_pos_emb"].__name__ == "turned"
+        assert "forward" in vars(feed_forward)
