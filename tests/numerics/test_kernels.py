@@ -25,7 +25,7 @@ from auvsum.cache.policies.h2o import H2O
 from auvsum.cache.policy import Policy
 from auvsum.cache.store import SlotStore
 from auvsum.engine.fuse import fuse
-from auvsum.kernels import decode_step, join, matvec, norm, pointwise, reference, score_kernel, squeeze
+from auvsum.kernels import column_scores, decode_step, join, matvec, norm, pointwise, reference, score_kernel, squeeze
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -210,8 +210,10 @@ def test_decode_attention_is_softmax() -> None:
     (2, 2, 32, 0, 37), (4, 2, 64, 70, 150), (3, 1, 80, 5, 129), (1, 1, 256, 0, 65), (2, 1, 128, 200, 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("weighted", [True, False])
-def test_column_sums(heads: int, groups: int, size: int, past: int, chunk: int, weighted: bool) -> None:
-    dtype = torch.float16 if CUDA else torch.float32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_column_sums(
+    heads: int, groups: int, size: int, past: int, chunk: int, weighted: bool, dtype: torch.dtype
+) -> None:
     query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
     key = torch.randn(1, groups, past + chunk, size, device=DEVICE).to(dtype)
     weights = torch.rand(groups, chunk, device=DEVICE) + 0.1 if weighted else None
@@ -224,6 +226,40 @@ def test_column_sums(heads: int, groups: int, size: int, past: int, chunk: int, 
         each = weights[group] if weights is not None else torch.ones(chunk, device=DEVICE)
         wanted = reference.column_sums(query.double(), key.double(), each, scale, past)[0, group]
         close(got[group], wanted, 1e-5, f"group {group}")
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "past", "chunk", "last"), [
+    (2, 2, 32, 0, 37, 37), (4, 2, 64, 70, 150, 32), (3, 1, 80, 5, 129, 61), (1, 1, 256, 0, 65, 8),
+    (2, 1, 128, 200, 1, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_and_hits_of_the_last_queries(
+    heads: int, groups: int, size: int, past: int, chunk: int, last: int, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What SnapKV, NACL, TOVA and Scissorhands ask for, as they ask for it."""
+    monkeypatch.setattr(column_scores, "_score_kernel", lambda _: score_kernel)
+    query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
+    key = torch.randn(1, groups, past + chunk, size, device=DEVICE).to(dtype)
+    scale = size**-0.5
+    every = reference.attention_probabilities(query.double(), key.double(), scale, past)[0]
+    logits = (query.double() @ key.double().repeat_interleave(heads // groups, 1).transpose(2, 3)) * scale
+    hidden = torch.ones(chunk, past + chunk, dtype=torch.bool, device=DEVICE).triu(past + 1)
+    lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1).float()
+    seen = column_scores.ChunkAttention(query, key, scale, past, None, lse)
+    rows = every.mean(1)[:, chunk - last :]
+    close(seen.last_sums(last), rows.sum(1), 1e-5, "sums")
+    least = 1 / seen.keys_seen[:, chunk - last :]
+    sure = ((rows / least[..., None] - 1).abs() > 1e-4) | (rows == 0)
+    assert float(sure.double().mean()) > 0.9
+    for bits in (24, 7):
+        got = seen.last_hits(least, bits)
+        assert got.shape == (groups, math.ceil(last / bits), past + chunk)
+        for number in range(last):  # from the last query back
+            hit = (got[:, number // bits] >> (number % bits)) & 1
+            wanted = (rows >= least[..., None])[:, last - 1 - number].to(torch.int32)
+            assert torch.equal(hit * sure[:, last - 1 - number], wanted * sure[:, last - 1 - number]), number
+        assert bool((got >> bits == 0).all())
 
 
 @pytest.mark.parametrize("name", ["auv", "auv top 1, no slot", "h2o", "full"])
