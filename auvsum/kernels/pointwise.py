@@ -65,7 +65,7 @@ def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
         cos.stride(0) if cos.shape[0] > 1 else 0,
         HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), GROUPS=groups, GROUPS_PAD=triton.next_power_of_2(groups),
-        HALF=half, HALF_PAD=triton.next_power_of_2(half), num_warps=4,
+        HALF=half, HALF_PAD=triton.next_power_of_2(half), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
