@@ -202,6 +202,37 @@ def test_ties_are_broken_by_age(slots: int) -> None:
     assert plain.live(0) == int(plain.capacity[0]) // 3 * 2 + 1
 
 
+def test_layers_evict_together() -> None:
+    """Three layers with slots and phases of their own, one eviction behind the last: as if each had been alone."""
+    policy, size, batch, groups = AUV(), 32, 2, 3
+    plain = [make_store(policy, slots, batch, groups, size, torch.float32) for slots in (10, 13, 40)]
+    for layer, store in enumerate(plain):
+        store.longest[:] = 20
+        store.capacity[1] = policy.capacity(7)
+        for row in range(batch):
+            kept = int(store.capacity[row]) - 1 - layer
+            store.positions[row, :, :kept] = torch.arange(kept, dtype=torch.int32, device=DEVICE)
+            store.valid[row, :, :kept] = True
+            store.keys[0][row, :, :kept] = torch.randn(groups, kept, size, device=DEVICE)
+            store.values[0][row, :, :kept] = torch.randn(groups, kept, size, device=DEVICE)
+            for values in store.state.values():
+                values[row, :, :kept] = torch.rand(groups, kept, device=DEVICE) + 0.1
+            store.pointer[row] = store.seen[row] = kept
+    fused = copy.deepcopy(plain)
+    evictions = 0
+    for number in range(6):
+        for one, other in zip(plain, fused, strict=True):
+            query, key, value = (torch.randn(batch, groups, 1, size, device=DEVICE) for _ in range(3))
+            before = one.pointer.clone()
+            plain_step(policy, one, query, key, value, 1.0)
+            evictions += int((one.pointer < before).sum())
+            decode_step.step(policy, other, query, key, value, 1.0)
+        decode_step.evict(policy, fused)
+        for layer, (one, other) in enumerate(zip(plain, fused, strict=True)):
+            compare_stores(other, one, 1e-4, f"step {number}, layer {layer}")
+    assert evictions >= 6
+
+
 def test_decode_attention_is_softmax() -> None:
     query, keys, values = torch.randn(2, 4, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     valid = torch.ones(2, 2, 5, dtype=torch.bool)
