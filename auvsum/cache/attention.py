@@ -162,6 +162,9 @@ def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
     kernel = fused_step(query.device.type)
     if kernel is not None and kernel.supports(policy, store):
         fused: Tensor = kernel.step(policy, store, query, key, value, scale)
+        stepped = layer.stepped()
+        if stepped:
+            kernel.evict(policy, stepped)
         return fused
     batch, heads, _, size = query.shape
     groups = key.shape[1]

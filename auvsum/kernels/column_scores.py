@@ -86,6 +86,28 @@ class ChunkAttention:
             total += logits.sub_(lse[:, head]).exp_()
         return total.div_(repeats)
 
+    def last_sums(self, count: int) -> Tensor:
+        """Sums of `last_rows` over the queries, fp32 `[G, past + T]`, without the rows where a kernel runs."""
+        kernel = _score_kernel(self.query)
+        if kernel is None:
+            return self.last_rows(count).sum(1)
+        chunk = self.query.shape[2]
+        query, lse = self.query[:, :, chunk - count :], self.lse[:, :, chunk - count :]
+        total: Tensor = kernel.column_sums(query, self.key, lse, None, self.scaling, self.past + chunk - count)
+        return total
+
+    def last_hits(self, least: Tensor, bits: int) -> Tensor:
+        """Which of the chunk's last N queries gave a key at least `least` `[G, N]`, averaged as in `last_rows`.
+
+        Returns:
+            int32 `[G, ceil(N / bits), past + T]`; the last query is the lowest bit of the first word.
+        """
+        kernel = _score_kernel(self.query)
+        if kernel is None:
+            return pack_bits(self.last_rows(least.shape[1]) >= least[..., None], bits)
+        words: Tensor = kernel.hits(self.query, self.key, self.lse, least, self.scaling, self.past, bits)
+        return words
+
     def column_sums(self, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
         """`Σ_i w_i · a[i, j]^p`, averaged over the query heads of each KV head.
 
@@ -117,6 +139,15 @@ class ChunkAttention:
         _, found = fused_attention(own, flipped, flipped, scaling, causal=True)
         sums.append(found[0].flip(-1).exp())
         return torch.cat(sums, -1).view(groups, heads // groups, self.past + chunk).mean(1)
+
+
+def pack_bits(rows: Tensor, bits: int) -> Tensor:
+    """Bool `[.., N, C]`, oldest first -> int32 `[.., ceil(N / bits), C]`; the newest is the first word's lowest bit."""
+    words = []
+    for word in torch.split(rows.flip(-2), bits, -2):
+        shifts = torch.arange(word.shape[-2], dtype=torch.int32, device=rows.device)[:, None]
+        words.append((word.to(torch.int32) << shifts).sum(-2, dtype=torch.int32))
+    return torch.stack(words, -2)
 
 
 @functools.cache
@@ -158,10 +189,14 @@ def attend_chunk(
         found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded)
         return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
+    joined = _triton_join() if query.device.type == "cuda" and past else None
     if past:
         old, old_lse = fused_attention(query, key[:, :, :past], value[:, :, :past], scaling, causal=False)
-        out, lse = _join(out, lse, old, old_lse)
-    if folded is not None:
+        if joined is not None:
+            out, lse = joined.join(query, (out, lse), (old, old_lse), folded, scaling)
+        else:
+            out, lse = _join(out, lse, old, old_lse)
+    if folded is not None and joined is None:
         repeats = query.shape[1] // key.shape[1]
         one_key, one_value, valid = (x.repeat_interleave(repeats, 0) for x in folded)
         logit = (query[0].float() @ one_key.float().transpose(1, 2))[..., 0] * scaling  # [H, T]
@@ -182,6 +217,15 @@ def _plain_chunk() -> ModuleType:
     from auvsum.kernels import plain_chunk  # which builds on this module
 
     return plain_chunk
+
+
+@functools.cache
+def _triton_join() -> ModuleType | None:
+    try:
+        from auvsum.kernels import join
+    except ImportError:  # no Triton
+        return None
+    return join
 
 
 @functools.cache
