@@ -12,7 +12,7 @@ is again a log-sum-exp, over queries instead of keys. Flipping both sequences ma
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -169,6 +169,26 @@ def attend_chunk(
         out, lse = _join(out, lse, one_value[None], logit)
     out = out.to(query.dtype)
     return out, ChunkAttention(query, key, scaling, past, None if folded is None else folded[2], lse)
+
+
+def attend_token(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float, power: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Attention of one token over keys that lie in several places, none of which is copied.
+
+    Args:
+        query: `[1, H, 1, D]`. keys, values: `[1, G, C_i, D]` each. power: `p`.
+
+    Returns:
+        the output `[1, H, 1, D]`, and `a[j]^p` over the keys of all places, averaged over the query heads of each KV
+        head: fp32 `[G, Σ C_i]`.
+    """
+    grouped = query.view(1, keys[0].shape[1], -1, query.shape[-1])
+    logits = torch.cat([grouped @ key.mT for key in keys], -1).float()
+    probabilities = logits.mul_(scaling).softmax(-1)
+    parts = probabilities.to(query.dtype).split([key.shape[2] for key in keys], -1)
+    out = torch.stack([part @ value for part, value in zip(parts, values, strict=True)]).sum(0)
+    return out.view(query.shape), probabilities.pow_(power).mean(2)[0]
 
 
 def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
