@@ -186,7 +186,7 @@ def attend_token(
     grouped = query.view(1, keys[0].shape[1], -1, query.shape[-1])
     logits = torch.cat([grouped @ key.mT for key in keys], -1).float()
     probabilities = logits.mul_(scaling).softmax(-1)
-    parts = probabilities.to(query.dtype).split([key.shape[2] for key in keys], -1)
+    parts = torch.split(probabilities.to(query.dtype), [key.shape[2] for key in keys], -1)
     out = torch.stack([part @ value for part, value in zip(parts, values, strict=True)]).sum(0)
     return out.view(query.shape), probabilities.pow_(power).mean(2)[0]
 

@@ -119,7 +119,7 @@ def test_an_eight_bit_layer_is_its_rounded_weight(rows: int, bias: bool) -> None
     """Few rows and many take different ways."""
     torch.manual_seed(0)
     linear = Linear(64, 48, bias=bias)
-    layer = Int8Linear(copy.deepcopy(linear))
+    layer = Int8Linear(copy.deepcopy(linear), torch.float32)
     rounded = layer.weight.float() * layer.scale[:, None]
     assert (rounded - linear.weight).abs().max() <= layer.scale.max() / 2 + 1e-7
     x = torch.randn(2, rows, 64)
