@@ -186,7 +186,7 @@ class HeadsLayer(UncountedLayer):
             past = before.key.shape[1]
             key = torch.cat([before.key[None], key], 2)
             value = torch.cat([before.value[None], value], 2)
-        out, _ = attend_chunk(query, key, value, scale, past)
+        out, _ = attend_chunk(query, key, value, scale, past, power=None)
         self.rows[row] = Open(key[0], value[0])
         return out.transpose(1, 2)
 
@@ -206,8 +206,9 @@ class HeadsLayer(UncountedLayer):
             self.transient = max(self.transient, own_key.nbytes + own_value.nbytes)
         else:
             key, value = torch.cat([past_key, own_key], 2), torch.cat([past_value, own_value], 2)
-            out, attention = attend_chunk(query, key, value, scale, key.shape[2] - query.shape[2])
-            paid = attention.column_sums(power=self.policy.power)
+            power = self.policy.power
+            out, attention = attend_chunk(query, key, value, scale, key.shape[2] - query.shape[2], power=power)
+            paid = attention.column_sums(power=power)
             self.transient = max(self.transient, key.nbytes + value.nbytes)
         seen.total += paid[:, :size]
         seen.queries += query.shape[2]

@@ -43,11 +43,6 @@ class ChunkAttention:
     lse: Tensor
 
     @property
-    def scratch(self) -> tuple[Tensor, ...]:
-        """What is held besides queries and keys until the policy has chosen, for the count of bytes."""
-        return ()
-
-    @property
     def keys_seen(self) -> Tensor:
         """`N_i`, how many keys each query's softmax ran over: fp32 `[G, T]`."""
         chunk, groups = self.query.shape[2], self.key.shape[1]
@@ -85,6 +80,10 @@ class ChunkAttention:
             logits = (query[:, head].float() @ key).mul_(self.scaling).masked_fill_(hidden, -torch.inf)
             total += logits.sub_(lse[:, head]).exp_()
         return total.div_(repeats)
+
+    def aggregated(self, longest: Tensor) -> Tensor:
+        """Eq. 2's sum `Σ_i a[i, j] · N_i / N_max` for an N_max, as `column_sums`."""
+        return self.column_sums(self.keys_seen / longest)
 
     def column_sums(self, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
         """`Σ_i w_i · a[i, j]^p`, averaged over the query heads of each KV head.
@@ -143,19 +142,21 @@ def attend_chunk(
     scaling: float,
     past: int,
     folded: tuple[Tensor, Tensor, Tensor] | None = None,
+    power: float | None = 1.0,
 ) -> tuple[Tensor, ChunkAttention]:
     """Attention of a chunk over `past` held keys, a reconstructed one and, causally, itself.
 
     Args:
         query: `[1, H, T, D]`. key, value: `[1, G, past + T, D]`.
         folded: the reconstructed key and value `[G, 1, D]` and where they are valid `[G, 1]`.
+        power: of the probabilities whose column sums will be asked for; None when none will. Only speed depends on it.
 
     Returns:
         the output `[1, H, T, D]` and what the policies need to know about the probabilities.
     """
     plain = _plain_chunk()
-    if plain.pays(query):
-        found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded)
+    if plain.pays(query, power):
+        found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded, power)
         return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
     if past:
