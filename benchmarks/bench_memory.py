@@ -58,7 +58,8 @@ def main() -> None:
     record = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.is_file() else {}
     rows: list[dict[str, Any]] = record["rows"] if record.get("settings") == settings else []
     for row in _random_shape(lengths) if given.shape else _documents(given, lengths):
-        rows = sorted([*rows, row], key=lambda row: (row["strategy"], row["tokens"]))
+        by_length = {(old["strategy"], old["tokens"]): old for old in [*rows, row]}
+        rows = [by_length[key] for key in sorted(by_length)]
         record = {"benchmark": "memory", **common.machine(), **common.versions(), "settings": settings, "rows": rows}
         if given.out:
             given.out.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
