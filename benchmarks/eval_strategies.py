@@ -6,7 +6,8 @@
     python benchmarks/eval_strategies.py score    --data-dir DIR --out runs.jsonl --json benchmarks/results/long.json
     python benchmarks/long_page.py                          # docs/LONG.md from all committed results about length
 
-A case is strategy:policy:budget, then key=value for other settings (window, chunk; part: tokens of a window's summary).
+A case is strategy:policy:budget, then key=value for other settings (window, chunk; part: tokens of a window's summary;
+block: sentences that `extract` ranks together).
 `single` is measured on the documents that fit the model's positions, the others on all of them. Fidelity is what a
 strategy makes of the text that `single` with the full cache wrote: teacher-forced agreement, and nats a token lost.
 """
@@ -84,15 +85,15 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, int | None]:
-    """The settings of a case, and the tokens of a window's summary where it names them."""
+def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, dict[str, int]]:
+    """The settings of a case, and what it asks for that is no setting: `part`, `block`."""
     from auvsum.config import Settings
 
     strategy, policy, budget, *options = case.split(":")
     values: dict[str, Any] = {key: int(value) for key, value in (option.split("=") for option in options)}
-    part = values.pop("part", None)
+    others = {key: values.pop(key) for key in ("part", "block") if key in values}
     base = {"model": given.model, "batch_size": given.batch_size, "device": given.device}
-    return Settings(**base, strategy=strategy, policy=policy, budget=budget, **values), part
+    return Settings(**base, strategy=strategy, policy=policy, budget=budget, **values), others
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
@@ -101,9 +102,10 @@ def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, int | None]:
 def generate(given: argparse.Namespace) -> None:
     """Summaries of all documents by all cases, as a user's `Summarizer.run` writes them."""
     from auvsum import Summarizer, rounds
+    from auvsum.text import central
     from auvsum.text.readers import Document
 
-    begun = time.perf_counter()
+    begun, defaults = time.perf_counter(), (rounds.PART, central.BLOCK)
     summarizer = Summarizer.from_settings(settings_of(given.cases[0], given)[0])
     found = list(documents(given))
     random.Random(0).shuffle(found)  # so that what a limit of time leaves is a fair sample
@@ -111,7 +113,7 @@ def generate(given: argparse.Namespace) -> None:
     tokenizer = summarizer.loaded.tokenizer
     sizes = {example.id: len(tokenizer(example.document, verbose=False)["input_ids"]) for _, example in found}
     for case in given.cases:
-        settings, part = settings_of(case, given)
+        settings, others = settings_of(case, given)
         fits = (summarizer.loaded.max_positions or sys.maxsize) - 300 if settings.strategy == "single" else sys.maxsize
         todo = [
             (name, example)
@@ -120,7 +122,7 @@ def generate(given: argparse.Namespace) -> None:
         ]
         if not todo or time.perf_counter() - begun > given.seconds:
             continue
-        rounds.PART = part or rounds.PART
+        rounds.PART, central.BLOCK = others.get("part", defaults[0]), others.get("block", defaults[1])
         start = time.perf_counter()
         texts = (Document(f"{name}/{example.id}", example.document, "utf-8") for name, example in todo)
         written = 0
@@ -164,7 +166,7 @@ class noted_rounds:
 
         def pieces(rounds: Any) -> Iterator[Any]:
             for piece in self._pieces(rounds):
-                if piece.writing is not None and rounds.plan.strategy == "map-reduce":
+                if piece.writing is not None and rounds.plan.windows:
                     noted.setdefault(rounds._source, {})["prompt"] = list(piece.request.ids)
                 yield piece
 
@@ -206,7 +208,7 @@ def fidelity(given: argparse.Namespace) -> None:
             if case != FULL and ((case, key[0], key[1]) in done or time.perf_counter() - begun > given.seconds):
                 continue
             plan = mine.plan(texts[key])
-            if plan.strategy == "map-reduce":
+            if plan.windows:
                 last = prompts.get((case, key[0], key[1]))
                 if last is None:
                     continue
