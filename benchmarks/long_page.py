@@ -226,9 +226,9 @@ def tokenizing(record: dict[str, Any], name: str) -> str:
     ]  # fmt: skip
     return (
         f"## Files, text and tokens\n\nOn {record['cores']} cores at a load of {record['load_average']} (`{name}`): "
-        "only read, its tokens counted window by window, or tokenized whole as one prompt. MiB: what the process had for "
-        "itself more once the text was read; its peak, libraries included; and with mapped files, which the system takes "
-        "back when it needs to.\n\n"
+        "only read, its tokens counted window by window, or tokenized whole as one prompt. MiB: what the process had "
+        "for itself more once the text was read; its peak, libraries included; and with mapped files, which the "
+        "system takes back when it needs to.\n\n"
         + _table(["file", "as", "read, MB/s", "tokenized, MB/s", "text", "own, peak", "RSS, peak"], rows)
     )
 
