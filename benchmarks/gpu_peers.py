@@ -42,8 +42,7 @@ def _step_times(model: Any, cache: Any, rows: int, prompt: int, steps: int, forw
             torch.cuda.synchronize()
             start = time.perf_counter()
         position = torch.full((rows, 1), prompt + number, device="cuda")
-        extra = {"cache_position": position[0]} if isinstance(cache, StaticCache) else {}
-        out = forward(token, position_ids=position, past_key_values=cache, use_cache=True, **extra)
+        out = forward(token, position_ids=position, past_key_values=cache, use_cache=True)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
     torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -78,7 +77,7 @@ def compiled_decode(bench: Any, model: Any, prompt: int, weights: int) -> None:
     """The static cache and `torch.compile(mode="reduce-overhead")`."""
     model.set_attn_implementation("sdpa")
     cache = StaticCache(config=model.config, max_cache_len=prompt + _STEPS + 8)
-    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=False)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     seconds = _step_times(model, cache, 1, prompt, _STEPS, compiled)
     _add(bench, "transformers sdpa, StaticCache, compiled, batch 1", 1, seconds, _STEPS, weights, prompt, model)
 

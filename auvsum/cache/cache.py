@@ -71,7 +71,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         compact: rows whose positions count what is held, each with the position of its next token; their keys are
             stored un-turned until `settle`, by the angles of `rotary`.
         share: rows whose next part keeps at most that many slots beside what is held.
-        peers: the layers whose books may be kept together with this one's, itself among them; on a CPU alone.
+        peers: the layers like this one, itself among them, in the order of a step. On a CPU their books may be kept
+            together; on a GPU they evict together.
         books, number: where the books of the decode step are, and this layer's place in them.
     """
 
@@ -127,6 +128,15 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """Where the books of the decode step are kept."""
         assert self._books is not None  # made together with the store
         return self._books
+
+    def stepped(self) -> list[SlotStore]:
+        """The stores of all peers on this layer's device, once a step has come to the last of them; before, none."""
+        following = self.peers[self.place[0] + 1 :][:1]
+        device = self.store.valid.device
+        if any(peer._store is not None and peer._store.valid.device == device for peer in following):
+            return []
+        stores = [peer._store for peer in self.peers if peer._store is not None]
+        return [store for store in stores if store.valid.device == device]
 
     @property
     def window(self) -> int | None:

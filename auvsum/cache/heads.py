@@ -35,7 +35,7 @@ from auvsum.cache.ragged import Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.errors import PolicyError
-from auvsum.kernels.column_scores import attend_chunk
+from auvsum.kernels.column_scores import attend_chunk, attend_token
 
 #: Tokens that look at a prompt in one call.
 _LOOK_CHUNK = 512
@@ -191,7 +191,7 @@ class HeadsLayer(UncountedLayer):
             past = before.key.shape[1]
             key = torch.cat([before.key[None], key], 2)
             value = torch.cat([before.value[None], value], 2)
-        out, _ = attend_chunk(query, key, value, scale, past)
+        out, _ = attend_chunk(query, key, value, scale, past, power=None)
         self.rows[row] = Open(key[0], value[0])
         return out.transpose(1, 2)
 
@@ -200,17 +200,23 @@ class HeadsLayer(UncountedLayer):
         held = self.rows[row]
         assert isinstance(held, Open)
         size, own_key, own_value = held.key.shape[1], key, value
-        past_key, past_value = held.key[:, : self.before], held.value[:, : self.before]
+        past_key, past_value = held.key[None, :, : self.before], held.value[None, :, : self.before]
         if self.draft is not None:
             self.draft.key = torch.cat([self.draft.key, key[0]], 1)
             self.draft.value = torch.cat([self.draft.value, value[0]], 1)
             own_key, own_value = self.draft.key[None], self.draft.value[None]
-        keys = torch.cat([past_key[None], own_key], 2)
-        values = torch.cat([past_value[None], own_value], 2)
-        out, attention = attend_chunk(query, keys, values, scale, keys.shape[2] - query.shape[2])
-        seen.total += attention.column_sums(power=self.policy.power)[:, :size]
+        if query.shape[2] == 1:
+            keys, values = (past_key, own_key), (past_value, own_value)
+            out, paid = attend_token(query, keys, values, scale, self.policy.power)
+            self.transient = max(self.transient, own_key.nbytes + own_value.nbytes)
+        else:
+            key, value = torch.cat([past_key, own_key], 2), torch.cat([past_value, own_value], 2)
+            power = self.policy.power
+            out, attention = attend_chunk(query, key, value, scale, key.shape[2] - query.shape[2], power=power)
+            paid = attention.column_sums(power=power)
+            self.transient = max(self.transient, key.nbytes + value.nbytes)
+        seen.total += paid[:, :size]
         seen.queries += query.shape[2]
-        self.transient = max(self.transient, keys.nbytes + values.nbytes)
         return out.transpose(1, 2)
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -1,13 +1,15 @@
-"""Faster linear layers inside an unmodified transformers model: the modules are replaced, the forward code is not.
+"""Faster layers inside an unmodified transformers model: modules are replaced, the model's code is not.
 
 The query, key and value projections (and Llama's gate and up projections) become views of one packed weight and one
 matrix product; OPT's first feed-forward layer takes its ReLU along; a single token goes through a kernel that does
-nothing but stream weights. Numbers change by rounding only. The weights keep their names and are not held twice.
+nothing but stream weights. Llama's rotary turn and its gate are one launch each. Numbers change by rounding only. The
+weights keep their names and are not held twice.
 """
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Product = Callable[[Tensor, Tensor, "Tensor | None", bool], Tensor]
+
+#: What the code of Llama's feed-forward layer refers to, and how its rotary function is called.
+_GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")
+_TURN = "apply_rotary_pos_emb"
 
 #: Attributes of a module that read the same input, and the name of what they belong to.
 _PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -102,12 +108,67 @@ def _product(matvec: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: 
     return functional.relu_(out) if relu else out
 
 
+def _feed_forward(module: Any, gate: Any, x: Tensor) -> Tensor:
+    """Llama's feed-forward layer with SiLU and product in one launch."""
+    pack = module.gate_proj.pack
+    out: Tensor = module.down_proj(gate(pack.product(x, pack.weight, pack.bias, False)))
+    return out
+
+
+def _is_gated(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    packed = isinstance(getattr(module, "gate_proj", None), _Part)
+    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    return packed and silu and getattr(code, "co_names", ()) == _GATED
+
+
+def _turn(theirs: Any, ours: Any) -> Any:
+    """transformers' rotary function, ours where it applies."""
+
+    def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        plain = not rest and not more and cos.shape[-1] == query.shape[-1] and cos.dtype == query.dtype
+        if plain and query.stride(-1) == key.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous():
+            result: tuple[Tensor, Tensor] = ours(query, key, cos, sin)
+        else:
+            result = theirs(query, key, cos, sin, *rest, **more)
+        return result
+
+    return turned
+
+
+def _fuse_turn(module: nn.Module, ours: Any, device: torch.device) -> None:
+    """Lets an attention layer's own code find our rotary function under the name of theirs, where both agree."""
+    forward = type(module).forward
+    theirs = getattr(forward, "__globals__", {}).get(_TURN)
+    if theirs is None or _TURN not in forward.__code__.co_names:
+        return
+    if not _agree(theirs, ours, device):
+        return
+    names = {**forward.__globals__, _TURN: _turn(theirs, ours)}
+    own = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = types.MethodType(own, module)
+
+
+@functools.cache
+def _agree(theirs: Any, ours: Any, device: torch.device) -> bool:
+    """Whether a model's rotary function is the one that turns heads in halves."""
+    query, key = (torch.linspace(-1, 1, h * 24, device=device).view(1, 3, h, 8).transpose(1, 2) for h in (4, 2))
+    cos, sin = (torch.linspace(a, b, 24, device=device).view(1, 3, 8) for a, b in ((0, 1), (1, -1)))
+    try:
+        wanted = theirs(query, key, cos, sin)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours(query, key, cos, sin), wanted, strict=True))
+
+
 def fuse(model: nn.Module) -> None:
-    """Replaces the linear layers of a model, once. Needs Triton."""
+    """Replaces the layers of a model, once. Needs Triton."""
     if getattr(model, "auvsum_fused", False):
         return
     from auvsum.kernels.matvec import matvec
     from auvsum.kernels.norm import norm
+    from auvsum.kernels.pointwise import gate, turn
 
     product = functools.partial(_product, matvec)
     for module in list(model.modules()):
@@ -125,6 +186,9 @@ def fuse(model: nn.Module) -> None:
                 setattr(module, name, _Norm(layer, norm))
         if relu:
             module.activation_fn = nn.Identity()
+        if _is_gated(module):
+            module.forward = functools.partial(_feed_forward, module, gate)
+        _fuse_turn(module, turn, next(model.parameters()).device)
     model.auvsum_fused = True  # type: ignore[assignment]
 
 

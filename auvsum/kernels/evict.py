@@ -1,76 +1,183 @@
-"""AUV's multi-step eviction (eqs. 5 to 8) of one KV head of one full row, inside the program of the decode step."""
+"""AUV's multi-step eviction (eqs. 5 to 8), one launch for all layers (Triton).
+
+Nothing of an eviction is needed before the next token, so it runs once a step behind the last layer, and a step in
+which no row is full waits for one launch and not for one a layer. A program takes some heads of one row of one layer;
+it ends at once where the row is not full. The layers' stores lie anywhere: their addresses come from a table.
+
+Up to 256 slots a program is one warp: a head's state is a few registers a thread, moved by shuffles, and a
+multiprocessor holds enough programs to hide each other's waits (docs/LOG.md).
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from auvsum.kernels.select import largest, order_key
+from auvsum.cache.policies.auv import AUV
+from auvsum.cache.store import SlotStore
+from auvsum.kernels.select import most_scored
+
+#: Elements of a tile of victims a warp.
+_TILE = 1024
+#: Programs that a launch has at least, where there are heads enough, and programs a row.
+_PROGRAMS, _SPLITS = 2048, 4
+#: Entries of the table a layer.
+_ENTRIES = tl.constexpr(14)
 
 
 @triton.jit
-def evict(
-    aas, usage, position, keys, values, positions, valid, first, second, third,
-    folded_key, folded_value, folded_mass, weight_scratch, target_scratch, base, slots, local, decay,
+def _address(entry, like: tl.constexpr):
+    return tl.multiple_of(tl.load(entry).to(tl.pointer_type(like)), 16)
+
+
+@triton.jit
+def _evict_head(
+    keys, values, positions, valid, first, second, third, folded_key, folded_value, folded_mass, slots, local, decay,
     RECONSTRUCT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The `local` least of the candidate region `[0, 2L)` go; the write region `[2L, 3L)` takes their slots.
-
-    `aas`, `usage` and `position` are the head's `[PADDED]` vectors as just stored to `first`, `third`, `positions`.
-    """
+    """The `local` least of the candidate region `[0, 2L)` go; the write region `[2L, 3L)` takes their slots."""
     slot = tl.arange(0, PADDED)
     d = tl.arange(0, DIM_PAD)
     candidate = slot < 2 * local
+    inside = slot < 3 * local
+    aas = tl.load(first + slot, mask=inside, other=0.0)
+    cnt = tl.load(second + slot, mask=inside, other=0.0)
+    usage = tl.load(third + slot, mask=inside, other=0.0)
+    position = tl.load(positions + slot, mask=inside, other=-1)
     composite = usage * tl.max(tl.where(candidate, aas, 0.0), 0) + aas
-    # The least first, and of those with equal scores the older: the largest of the complements.
-    key = tl.where(candidate, 0x7FFFFFFFFFFFFFFF - order_key(composite, position), -1)
-    victim = largest(key, local, PADDED)
-    tl.store(weight_scratch + slot, tl.where(victim, aas, 0.0))
-    tl.store(target_scratch + tl.cumsum(victim.to(tl.int32), 0) - 1, slot, mask=victim)
-    tl.debug_barrier()
+    victim = candidate & (most_scored(composite, candidate, position, local, PADDED) == 0)
+
+    # -- what slot s holds afterwards was in slot source[s]: state first, in registers
+    source = tl.where(victim, 2 * local + tl.cumsum(victim.to(tl.int32), 0) - 1, slot)
+    least = tl.min(tl.where(inside & (victim == 0), usage, float("inf")), 0)
+    tl.store(positions + slot, tl.where(candidate, tl.gather(position, source, 0), -1), mask=inside)
+    tl.store(valid + slot, candidate.to(tl.uint8), mask=inside)
+    tl.store(first + slot, tl.where(candidate, tl.gather(aas, source, 0), 0.0), mask=inside)
+    tl.store(second + slot, tl.where(candidate, tl.gather(cnt, source, 0), 0.0), mask=inside)
+    tl.store(third + slot, tl.where(candidate, (tl.gather(usage, source, 0) - least) * decay, 0.0), mask=inside)
+
+    # -- fold the victims' vectors, and put the new ones in their places
+    weight = tl.where(victim, aas, 0.0)
+    moves = tl.where(victim, source, -1)
+    mass = tl.zeros((), tl.float32)
+    total_key = tl.zeros((DIM_PAD,), tl.float32)
+    total_value = tl.zeros((DIM_PAD,), tl.float32)
     if RECONSTRUCT:
         mass = tl.load(folded_mass)
         total_key = tl.load(folded_key + d, mask=d < DIM, other=0.0) * mass
         total_value = tl.load(folded_value + d, mask=d < DIM, other=0.0) * mass
-        for start in range(0, 2 * local, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            weight = tl.load(weight_scratch + n, mask=n < 2 * local, other=0.0)
-            tile = (base + n)[:, None] * DIM + d[None, :]
-            held = (weight > 0)[:, None] & (d[None, :] < DIM)
-            total_key += tl.sum(tl.load(keys + tile, mask=held, other=0.0).to(tl.float32) * weight[:, None], 0)
-            total_value += tl.sum(tl.load(values + tile, mask=held, other=0.0).to(tl.float32) * weight[:, None], 0)
-        mass += tl.sum(tl.where(victim, aas, 0.0), 0)
+    for start in range(0, 2 * local, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        here = tl.minimum(n, PADDED - 1)
+        origin = tl.where(n < 2 * local, tl.gather(moves, here, 0), -1)
+        moved = (origin >= 0)[:, None] & (d < DIM)[None, :]
+        to = n[:, None] * DIM + d[None, :]
+        at = origin[:, None] * DIM + d[None, :]
+        share = tl.gather(weight, here, 0)[:, None]
+        new_key = tl.load(keys + at, mask=moved, other=0.0)
+        new_value = tl.load(values + at, mask=moved, other=0.0)
+        if RECONSTRUCT:
+            old_key = tl.load(keys + to, mask=moved, other=0.0)
+            old_value = tl.load(values + to, mask=moved, other=0.0)
+            total_key += tl.sum(old_key.to(tl.float32) * share, 0)
+            total_value += tl.sum(old_value.to(tl.float32) * share, 0)
+        tl.store(keys + to, new_key, mask=moved)
+        tl.store(values + to, new_value, mask=moved)
+    if RECONSTRUCT:
+        mass += tl.sum(weight, 0)
         divisor = tl.where(mass > 0, mass, 1.0)
         total_key /= divisor
         total_value /= divisor
-        tl.debug_barrier()
         tl.store(folded_key + d, total_key, mask=d < DIM)
         tl.store(folded_value + d, total_value, mask=d < DIM)
         tl.store(folded_mass, mass)
-        tl.store(keys + (base + slots) * DIM + d, total_key, mask=d < DIM)
-        tl.store(values + (base + slots) * DIM + d, total_value, mask=d < DIM)
-        tl.store(valid + base + slots, (mass > 0).to(tl.uint8))
-        tl.debug_barrier()
-    for start in range(0, local, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        inside = n < local
-        source = base + 2 * local + n
-        target = base + tl.load(target_scratch + n, mask=inside, other=0)
-        tile = inside[:, None] & (d[None, :] < DIM)
-        for memory in tl.static_range(2):
-            held = keys if memory == 0 else values
-            moved = tl.load(held + source[:, None] * DIM + d[None, :], mask=tile)
-            tl.store(held + target[:, None] * DIM + d[None, :], moved, mask=tile)
-        tl.store(positions + target, tl.load(positions + source, mask=inside), mask=inside)
-        tl.store(first + target, tl.load(first + source, mask=inside), mask=inside)
-        tl.store(second + target, tl.load(second + source, mask=inside), mask=inside)
-        tl.store(third + target, tl.load(third + source, mask=inside), mask=inside)
+        tl.store(keys + slots * DIM + d, total_key, mask=d < DIM)
+        tl.store(values + slots * DIM + d, total_value, mask=d < DIM)
+        tl.store(valid + slots, (mass > 0).to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _evict_kernel(
+    table, tickets, decay, rows,
+    KIND: tl.constexpr, RECONSTRUCT: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1)
+    layer = tl.program_id(2)
+    table += layer * _ENTRIES
+    pointer_at = _address(table, tl.int64) + b
+    pointer = tl.load(pointer_at)
+    capacity = tl.load(_address(table + 1, tl.int64) + b)
+    active = tl.load(_address(table + 2, tl.uint8) + b)
+    if (pointer != capacity) | (active == 0):
+        return
+    local = (capacity // 3).to(tl.int32)
+    slots = tl.load(table + 3).to(tl.int32)
+    for g in range(tl.program_id(0), GROUPS, tl.num_programs(0)):
+        head = b.to(tl.int64) * GROUPS + g
+        base = head * (slots + RECONSTRUCT)
+        _evict_head(
+            _address(table + 4, KIND) + base * DIM, _address(table + 5, KIND) + base * DIM,
+            _address(table + 6, tl.int32) + base, _address(table + 7, tl.uint8) + base,
+            _address(table + 8, tl.float32) + base, _address(table + 9, tl.float32) + base,
+            _address(table + 10, tl.float32) + base,
+            _address(table + 11, tl.float32) + head * DIM, _address(table + 12, tl.float32) + head * DIM,
+            _address(table + 13, tl.float32) + head, slots, local, decay,
+            RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED,
+        )  # fmt: skip
+    # The last of the row's programs has outlived every other's look at the pointer.
     tl.debug_barrier()
-    emptied = (slot >= 2 * local) & (slot < 3 * local)
-    tl.store(positions + base + slot, -1, mask=emptied)
-    tl.store(valid + base + slot, tl.zeros((PADDED,), tl.uint8), mask=emptied)
-    tl.store(first + base + slot, 0.0, mask=emptied)
-    tl.store(second + base + slot, 0.0, mask=emptied)
-    tl.store(third + base + slot, 0.0, mask=emptied)
-    used = tl.load(third + base + slot, mask=candidate, other=float("inf"))
-    tl.store(third + base + slot, (used - tl.min(used, 0)) * decay, mask=candidate)
+    if tl.atomic_add(tickets + layer * rows + b, 1, sem="relaxed") == tl.num_programs(0) - 1:
+        tl.store(tickets + layer * rows + b, 0)
+        tl.store(pointer_at, 2 * local.to(tl.int64))
+
+
+@functools.cache  # for good: captured steps hold its address
+def _tickets(device: torch.device, rows: int) -> Tensor:
+    """How many programs of each row of each layer are done; every launch leaves zeros."""
+    return torch.zeros(rows, dtype=torch.int32, device=device)
+
+
+_tables: WeakKeyDictionary[SlotStore, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
+
+
+def _table(policy: AUV, stores: Sequence[SlotStore]) -> Tensor:
+    """Where the stores lie, int64 `[layers, _ENTRIES]`; made once, and kept as long as the first of them."""
+    known = _tables.setdefault(stores[0], {})
+    which = tuple(number for store in stores for number in (id(store), store.active.data_ptr()))
+    if which not in known:
+        rows = []
+        for store in stores:
+            state = [store.state[name] for name in policy.state]
+            folded = [store.folded_key, store.folded_value, store.folded_mass] if store.reconstruct else []
+            memory = [store.keys[0], store.values[0], store.positions, store.valid, *state, *folded]
+            row = [store.pointer.data_ptr(), store.capacity.data_ptr(), store.active.data_ptr(), store.slots]
+            row += [tensor.data_ptr() for tensor in memory]
+            rows.append(row + [0] * (_ENTRIES.value - len(row)))
+        known[which] = torch.tensor(rows, device=stores[0].valid.device)
+    return known[which]
+
+
+def evict(policy: AUV, stores: Sequence[SlotStore]) -> None:
+    """Evicts where a row is full, in all layers of one device and shape; their numbers of slots may differ."""
+    first = stores[0]
+    batch, groups, _ = first.positions.shape
+    size, device, layers = first.head_dim, first.valid.device, len(stores)
+    padded = max(16, triton.next_power_of_2(max(store.slots for store in stores)))
+    dim_pad = max(16, triton.next_power_of_2(size))
+    warps = 1 if padded <= 256 else 4 if padded <= 1024 else 8
+    splits = min(groups, max(_SPLITS, triton.cdiv(_PROGRAMS, batch * layers)))
+    _evict_kernel[(splits, batch, layers)](
+        _table(policy, stores), _tickets(device, layers * batch), policy.decay, batch,
+        KIND=_KINDS[first.keys[0].dtype], RECONSTRUCT=int(first.reconstruct), GROUPS=groups, DIM=size, DIM_PAD=dim_pad,
+        BLOCK=max(1, warps * _TILE // dim_pad), PADDED=padded, num_warps=warps,
+    )  # fmt: skip
+
+
+_KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -2,6 +2,7 @@
 
 A program owns a block of keys of one KV head and walks over the queries that see it, for every query head of the
 group; `a[i, j] = exp(q_i·k_j·s - lse_i)` needs the log-sum-exp of each query, which the attention itself has left.
+`hits` walks over a chunk's last queries alone and leaves one bit for each: whether the key got enough of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def _norm(lse, weights, inside, WEIGHTED: tl.constexpr):
+    """What a query's logits lose, in powers of two: its log-sum-exp, less the logarithm of its weight."""
+    norm = tl.load(lse, mask=inside, other=float("inf")) * 1.4426950408889634
+    if WEIGHTED:
+        norm -= tl.log2(tl.load(weights, mask=inside, other=1.0))
+    return norm
 
 
 @triton.jit(do_not_specialize=["chunk", "past"])
@@ -46,12 +56,9 @@ def _sums_kernel(
             )  # fmt: skip
             if UPCAST:
                 q = q.to(tl.float32)
-            norm = tl.load(lse + head * chunk + i, mask=i < chunk, other=float("inf")) * 1.4426950408889634
+            norm = _norm(lse + head * chunk + i, weights + g * chunk + i, i < chunk, WEIGHTED)
             a = tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
-            a = tl.where(j[:, None] <= i[None, :] + past, a, 0.0)
-            if WEIGHTED:
-                a = a * tl.load(weights + g * chunk + i, mask=i < chunk, other=0.0)[None, :]
-            total += tl.sum(a, 1)
+            total += tl.sum(tl.where(j[:, None] <= i[None, :] + past, a, 0.0), 1)
         for start in range(clear, chunk, BLOCK_Q):
             i = start + tl.arange(0, BLOCK_Q)
             q = tl.load(
@@ -60,10 +67,8 @@ def _sums_kernel(
             )  # fmt: skip
             if UPCAST:
                 q = q.to(tl.float32)
-            norm = tl.load(lse + head * chunk + i, mask=i < chunk, other=float("inf")) * 1.4426950408889634
+            norm = _norm(lse + head * chunk + i, weights + g * chunk + i, i < chunk, WEIGHTED)
             a = tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
-            if WEIGHTED:
-                a = a * tl.load(weights + g * chunk + i, mask=i < chunk, other=0.0)[None, :]
             total += tl.sum(a, 1)
     tl.store(out + g * columns + j, total / REPEAT, mask=j < columns)
 
@@ -96,5 +101,69 @@ def column_sums(query: Tensor, key: Tensor, lse: Tensor, weights: Tensor | None,
         REPEAT=heads // groups, DIM=size, DIM_PAD=dim_pad, WEIGHTED=weights is not None,
         BLOCK_K=block_k, BLOCK_Q=block_q, UPCAST=query.device.type == "cpu" and query.dtype == torch.bfloat16,
         num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["chunk", "past", "count"])
+def _hits_kernel(
+    query, key, lse, least, out,
+    query_head, query_token, key_head, key_token, scale, chunk, past, count,
+    REPEAT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0)
+    columns = past + chunk
+    j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, DIM_PAD)
+    bit = tl.arange(0, 32)
+    k = tl.load(
+        key + g * key_head + j[:, None].to(tl.int64) * key_token + d[None, :],
+        mask=(j < columns)[:, None] & (d < DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        k = k.to(tl.float32)
+    words = tl.cdiv(count, BITS)
+    for word in range(words):
+        age = word * BITS + bit
+        asked = (bit < BITS) & (age < count)
+        i = chunk - 1 - age
+        total = tl.zeros((BLOCK_K, 32), tl.float32)
+        for r in range(REPEAT):
+            head = g * REPEAT + r
+            q = tl.load(
+                query + head * query_head + i[None, :].to(tl.int64) * query_token + d[:, None],
+                mask=asked[None, :] & (d < DIM)[:, None], other=0.0,
+            )  # fmt: skip
+            if UPCAST:
+                q = q.to(tl.float32)
+            norm = tl.load(lse + head * chunk + i, mask=asked, other=float("inf")) * 1.4426950408889634
+            total += tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
+        enough = tl.load(least + g * count + (count - 1 - age), mask=asked, other=float("inf")) * REPEAT
+        hit = (total >= enough[None, :]) & (j[:, None] <= i[None, :] + past) & asked[None, :]
+        found = tl.sum(tl.where(hit, tl.full((1, 32), 1, tl.int32) << bit[None, :], 0), 1)
+        tl.store(out + (g * words + word) * columns + j, found, mask=j < columns)
+
+
+def hits(query: Tensor, key: Tensor, lse: Tensor, least: Tensor, scaling: float, past: int, bits: int) -> Tensor:
+    """Whether the mean of `a[i, j]` over the query heads of a KV head is at least `least[i]`, for the last queries `i`.
+
+    Args:
+        query, key, lse: as for `column_sums`. least: fp32 `[G, N]`, of the chunk's last N queries.
+        bits: queries a word, at most 31.
+
+    Returns:
+        int32 `[G, ceil(N / bits), past + T]`; the last query is the lowest bit of the first word.
+    """
+    _, heads, chunk, size = query.shape
+    (groups, count), columns = least.shape, key.shape[2]
+    out = torch.empty((groups, -(-count // bits), columns), dtype=torch.int32, device=query.device)
+    dim_pad = max(16, triton.next_power_of_2(size))
+    block_k = 128 if dim_pad <= 128 else 64
+    _hits_kernel[(groups, triton.cdiv(columns, block_k))](
+        query, key, lse[0].contiguous(), least.contiguous(), out,
+        query.stride(1), query.stride(2), key.stride(1), key.stride(2), scaling, chunk, past, count,
+        REPEAT=heads // groups, DIM=size, DIM_PAD=dim_pad, BITS=bits, BLOCK_K=block_k,
+        UPCAST=query.device.type == "cpu" and query.dtype == torch.bfloat16, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

@@ -34,22 +34,15 @@ def largest(key, count, PADDED: tl.constexpr):
 
 
 @triton.jit
-def most_attended(a, live, positions, seen, at, slot, count, PADDED: tl.constexpr):
-    """True at the `count` live slots with the largest probabilities `a`; of equal ones the newer. Any shape.
+def _threshold(bits, count, threshold, found, PADDED: tl.constexpr):
+    """The largest number that at least `count` of the bits reach, and how many do: two bits a round from bit 29 down.
 
-    The threshold is found bit by bit in `a` alone, two bits a round: one sum counts how many reach each of three
-    thresholds. Positions are loaded only when equal probabilities lie across the border.
-
-    Args:
-        positions: addresses of the slots' positions. at: the slot of the newest token, whose position is `seen`.
+    `found` reach `threshold`, where the search begins; it ends as soon as it is `count`.
     """
     # Three counts in one number: 30 bits hold those of 512 slots.
     FIELD: tl.constexpr = 10 if PADDED <= 512 else 20
     count_type: tl.constexpr = tl.int32 if PADDED <= 512 else tl.int64
-    bits = tl.where(live, a.to(tl.int32, bitcast=True), -1)
-    threshold = tl.full((), 0, tl.int32)
-    found = tl.sum(live.to(tl.int32))
-    shift = tl.full((), 28, tl.int32)  # probabilities are at most 1, or little above
+    shift = tl.full((), 28, tl.int32)
     while (shift >= 0) & (found != count):
         step = tl.full((), 1, tl.int32) << shift
         reached = (bits >= threshold + step).to(count_type)
@@ -62,17 +55,52 @@ def most_attended(a, live, positions, seen, at, slot, count, PADDED: tl.constexp
         found = tl.where(three >= count, three, tl.where(two >= count, two, tl.where(one >= count, one, found)))
         threshold += step * ((one >= count).to(tl.int32) + (two >= count).to(tl.int32) + (three >= count).to(tl.int32))
         shift -= 2
+    return threshold, found
+
+
+@triton.jit
+def _newer(bits, threshold, position, count):
+    """Those above the threshold, and of those at it the newest, `count` in all: their positions are bits too."""
+    tied = tl.where(bits == threshold, position, -1)
+    wanted = count - tl.sum((bits > threshold).to(tl.int32))
+    newest = tl.full((), 0, tl.int32)
+    bit = tl.full((), 30, tl.int32)
+    while bit >= 0:
+        higher = newest | (tl.full((), 1, tl.int32) << bit)
+        newest = tl.where(tl.sum((tied >= higher).to(tl.int32)) >= wanted, higher, newest)
+        bit -= 1
+    return (bits > threshold) | (tied >= newest)
+
+
+@triton.jit
+def most_attended(a, live, positions, seen, at, slot, count, PADDED: tl.constexpr):
+    """True at the `count` live slots with the largest probabilities `a`; of equal ones the newer. Any shape.
+
+    Positions are loaded only when equal probabilities lie across the border.
+
+    Args:
+        positions: addresses of the slots' positions. at: the slot of the newest token, whose position is `seen`.
+    """
+    bits = tl.where(live, a.to(tl.int32, bitcast=True), -1)
+    none = tl.full((), 0, tl.int32)  # probabilities are at most 1, or little above: bit 30 is never set
+    threshold, found = _threshold(bits, count, none, tl.sum(live.to(tl.int32)), PADDED)
     chosen = bits >= threshold
     if found != count:
         position = tl.where(slot == at, seen, tl.load(positions, mask=live & (slot != at), other=-1))
-        tied = tl.where(bits == threshold, position, -1)
-        wanted = count - tl.sum((bits > threshold).to(tl.int32))
-        # The newest `wanted` of the tied: their positions are a threshold of their own.
-        newest = tl.full((), 0, tl.int32)
-        bit = tl.full((), 30, tl.int32)
-        while bit >= 0:
-            higher = newest | (tl.full((), 1, tl.int32) << bit)
-            newest = tl.where(tl.sum((tied >= higher).to(tl.int32)) >= wanted, higher, newest)
-            bit -= 1
-        chosen = (bits > threshold) | (tied >= newest)
+        chosen = _newer(bits, threshold, position, count)
+    return chosen
+
+
+@triton.jit
+def most_scored(score, live, position, count, PADDED: tl.constexpr):
+    """True at the `count` live slots with the largest scores, which are not negative; of equal ones the newer."""
+    bits = tl.where(live, score.to(tl.int32, bitcast=True), -1)
+    large = tl.full((), 1 << 30, tl.int32)  # 2.0
+    reached = tl.sum((bits >= large).to(tl.int32))
+    threshold = tl.where(reached >= count, large, 0)
+    found = tl.where(reached >= count, reached, tl.sum(live.to(tl.int32)))
+    threshold, found = _threshold(bits, count, threshold, found, PADDED)
+    chosen = bits >= threshold
+    if found != count:
+        chosen = _newer(bits, threshold, position, count)
     return chosen

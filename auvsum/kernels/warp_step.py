@@ -1,7 +1,7 @@
 """The decode step's launch where heads are many (Triton): one warp a head, so that no sum needs a barrier.
 
 What `decode_step.py` does with tensor cores and four warps a head, for models without grouped queries and up to 256
-slots. A multiprocessor holds sixteen such programs instead of three, and they hide each other's waits: at 256 rows of
+slots. A multiprocessor holds twenty such programs instead of three, and they hide each other's waits: at 256 rows of
 OPT-13B's shape the plain step runs at 94% of the memory's speed. Products are sums in registers; slots fill in order,
 so the first `pointer` are the live ones and no mask is loaded; the new token and the reconstructed one come from
 registers. For few programs it is the slower way (docs/LOG.md).
@@ -109,12 +109,6 @@ def warp_step_kernel(
     slot = tl.arange(0, BLOCK * BLOCKS)
     live = (slot < pointer) | (slot == at)
     old = live & (slot != at)
-    if POLICY != 0:
-        score = tl.load(first + base + slot, mask=old, other=0.0)
-    if POLICY == 1:
-        cnt = tl.load(second + base + slot, mask=old, other=0.0)
-        usage = tl.load(third + base + slot, mask=old, other=0.0)
-        longest = tl.load(longest_ + b)
     tl.store(keys + at * DIM + d, k_new, mask=ok)
     tl.store(values + at * DIM + d, v_new, mask=ok)
     tl.store(positions + at, seen)
@@ -127,6 +121,13 @@ def warp_step_kernel(
     )  # fmt: skip
     tl.store(out_at, attended, mask=ok)
 
+    # -- the state only now: held through the attention it would take the registers of five more programs
+    if POLICY != 0:
+        score = tl.load(first + base + slot, mask=old, other=0.0)
+    if POLICY == 1:
+        cnt = tl.load(second + base + slot, mask=old, other=0.0)
+        usage = tl.load(third + base + slot, mask=old, other=0.0)
+        longest = tl.load(longest_ + b)
     a = tl.where(slot == at, new_a, a)
     if POLICY == 2:
         tl.store(first + base + slot, score + a, mask=live)

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from tests import tiny
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -21,7 +24,8 @@ from auvsum.cache.policies.full import Full
 from auvsum.cache.policies.h2o import H2O
 from auvsum.cache.policy import Policy
 from auvsum.cache.store import SlotStore
-from auvsum.kernels import decode_step, matvec, norm, reference, score_kernel, squeeze
+from auvsum.engine.fuse import fuse
+from auvsum.kernels import column_scores, decode_step, join, matvec, norm, pointwise, reference, score_kernel, squeeze
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -43,6 +47,12 @@ def plain_step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, val
     out, probabilities = reference.decode_attention(query[:, :, 0].float(), keys, values, store.valid, scale)
     policy.observe(store, probabilities.view(batch, groups, heads // groups, -1).mean(2))
     return out.view(batch, 1, heads, size)
+
+
+def fused_step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    out = decode_step.step(policy, store, query, key, value, scale)
+    decode_step.evict(policy, [store])
+    return out
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -118,7 +128,7 @@ def test_decode_step_equals_the_plain_one(name: str, shape: str, dtype: torch.dt
     fused = copy.deepcopy(plain)
     capacity = plain.capacity.tolist()
     start = 0
-    if slots > 100 and not CUDA:  # the interpreter is slow: begin with nearly full rows
+    if slots > 100:  # the plain steps are slow: begin with nearly full rows
         for row in range(2):
             kept = capacity[row] - 3
             for store in (plain, fused):
@@ -132,7 +142,7 @@ def test_decode_step_equals_the_plain_one(name: str, shape: str, dtype: torch.dt
                     values[row, :, :kept] = draw(groups, kept).abs() + 0.1
                 store.pointer[row] = store.seen[row] = kept
         start = 1
-    steps = 5 if start else 2 * slots if CUDA else slots + 5
+    steps = 5 if start else 2 * slots if CUDA else slots + 5  # on a GPU through several evictions
     if name == "full":
         steps = min(steps, min(capacity[:2]) - int(plain.pointer.max()) if not start else 3)
     tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
@@ -149,7 +159,7 @@ def test_decode_step_equals_the_plain_one(name: str, shape: str, dtype: torch.dt
         wanted = plain_step(policy, plain, query, key, value, scale)
         for row in (~plain.active).nonzero()[:, 0].tolist():  # what a row at rest holds means nothing: restore it
             restore(plain, before, row)
-        got = decode_step.step(policy, fused, query, key, value, scale)
+        got = fused_step(policy, fused, query, key, value, scale)
         on = plain.active
         close(got[on], wanted[on], tolerance, f"step {number}: output")
         assert bool((got[~on] == 0).all())
@@ -187,9 +197,40 @@ def test_ties_are_broken_by_age(slots: int) -> None:
     for number in range(3):
         value = torch.randn(1, 1, 1, size, device=DEVICE)
         plain_step(policy, plain, zero, zero, value, 1.0)
-        decode_step.step(policy, fused, zero, zero, value, 1.0)
+        fused_step(policy, fused, zero, zero, value, 1.0)
         compare_stores(fused, plain, 1e-5, f"step {number}")
     assert plain.live(0) == int(plain.capacity[0]) // 3 * 2 + 1
+
+
+def test_layers_evict_together() -> None:
+    """Three layers with slots and phases of their own, one eviction behind the last: as if each had been alone."""
+    policy, size, batch, groups = AUV(), 32, 2, 3
+    plain = [make_store(policy, slots, batch, groups, size, torch.float32) for slots in (10, 13, 40)]
+    for layer, store in enumerate(plain):
+        store.longest[:] = 20
+        store.capacity[1] = policy.capacity(7)
+        for row in range(batch):
+            kept = int(store.capacity[row]) - 1 - layer
+            store.positions[row, :, :kept] = torch.arange(kept, dtype=torch.int32, device=DEVICE)
+            store.valid[row, :, :kept] = True
+            store.keys[0][row, :, :kept] = torch.randn(groups, kept, size, device=DEVICE)
+            store.values[0][row, :, :kept] = torch.randn(groups, kept, size, device=DEVICE)
+            for values in store.state.values():
+                values[row, :, :kept] = torch.rand(groups, kept, device=DEVICE) + 0.1
+            store.pointer[row] = store.seen[row] = kept
+    fused = copy.deepcopy(plain)
+    evictions = 0
+    for number in range(6):
+        for one, other in zip(plain, fused, strict=True):
+            query, key, value = (torch.randn(batch, groups, 1, size, device=DEVICE) for _ in range(3))
+            before = one.pointer.clone()
+            plain_step(policy, one, query, key, value, 1.0)
+            evictions += int((one.pointer < before).sum())
+            decode_step.step(policy, other, query, key, value, 1.0)
+        decode_step.evict(policy, fused)
+        for layer, (one, other) in enumerate(zip(plain, fused, strict=True)):
+            compare_stores(other, one, 1e-4, f"step {number}, layer {layer}")
+    assert evictions >= 6
 
 
 def test_decode_attention_is_softmax() -> None:
@@ -206,8 +247,10 @@ def test_decode_attention_is_softmax() -> None:
     (2, 2, 32, 0, 37), (4, 2, 64, 70, 150), (3, 1, 80, 5, 129), (1, 1, 256, 0, 65), (2, 1, 128, 200, 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("weighted", [True, False])
-def test_column_sums(heads: int, groups: int, size: int, past: int, chunk: int, weighted: bool) -> None:
-    dtype = torch.float16 if CUDA else torch.float32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_column_sums(
+    heads: int, groups: int, size: int, past: int, chunk: int, weighted: bool, dtype: torch.dtype
+) -> None:
     query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
     key = torch.randn(1, groups, past + chunk, size, device=DEVICE).to(dtype)
     weights = torch.rand(groups, chunk, device=DEVICE) + 0.1 if weighted else None
@@ -220,6 +263,40 @@ def test_column_sums(heads: int, groups: int, size: int, past: int, chunk: int, 
         each = weights[group] if weights is not None else torch.ones(chunk, device=DEVICE)
         wanted = reference.column_sums(query.double(), key.double(), each, scale, past)[0, group]
         close(got[group], wanted, 1e-5, f"group {group}")
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "past", "chunk", "last"), [
+    (2, 2, 32, 0, 37, 37), (4, 2, 64, 70, 150, 32), (3, 1, 80, 5, 129, 61), (1, 1, 256, 0, 65, 8),
+    (2, 1, 128, 200, 1, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_and_hits_of_the_last_queries(
+    heads: int, groups: int, size: int, past: int, chunk: int, last: int, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What SnapKV, NACL, TOVA and Scissorhands ask for, as they ask for it."""
+    monkeypatch.setattr(column_scores, "_score_kernel", lambda _: score_kernel)
+    query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
+    key = torch.randn(1, groups, past + chunk, size, device=DEVICE).to(dtype)
+    scale = size**-0.5
+    every = reference.attention_probabilities(query.double(), key.double(), scale, past)[0]
+    logits = (query.double() @ key.double().repeat_interleave(heads // groups, 1).transpose(2, 3)) * scale
+    hidden = torch.ones(chunk, past + chunk, dtype=torch.bool, device=DEVICE).triu(past + 1)
+    lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1).float()
+    seen = column_scores.ChunkAttention(query, key, scale, past, None, lse)
+    rows = every.mean(1)[:, chunk - last :]
+    close(seen.last_sums(last), rows.sum(1), 1e-5, "sums")
+    least = 1 / seen.keys_seen[:, chunk - last :]
+    sure = ((rows / least[..., None] - 1).abs() > 1e-4) | (rows == 0)
+    assert float(sure.double().mean()) > 0.9
+    for bits in (24, 7):
+        got = seen.last_hits(least, bits)
+        assert got.shape == (groups, math.ceil(last / bits), past + chunk)
+        for number in range(last):  # from the last query back
+            hit = (got[:, number // bits] >> (number % bits)) & 1
+            wanted = (rows >= least[..., None])[:, last - 1 - number].to(torch.int32)
+            assert torch.equal(hit * sure[:, last - 1 - number], wanted * sure[:, last - 1 - number]), number
+        assert bool((got >> bits == 0).all())
 
 
 @pytest.mark.parametrize("name", ["auv", "auv top 1, no slot", "h2o", "full"])
@@ -267,3 +344,64 @@ def test_matvec_and_norm(outputs: int) -> None:
     close(norm.norm(rows, scale, shift, 1e-5, False), layer, 1e-3, "LayerNorm")
     rms = rows.double() * (rows.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double()
     close(norm.norm(rows, scale, None, 1e-5, True), rms, 1e-3, "RMSNorm")
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "chunk"), [(4, 2, 64, 37), (3, 1, 80, 5), (2, 2, 256, 130)])
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if CUDA else [torch.float32])
+def test_join(heads: int, groups: int, size: int, chunk: int, folded: bool, dtype: torch.dtype) -> None:
+    """Softmax over three sets of keys from the softmax over each; one group's reconstructed key is not live."""
+    past, scale = 29, size**-0.5
+    query = torch.randn(1, chunk, heads, size, device=DEVICE).to(dtype).transpose(1, 2)
+    sets = [torch.randn(2, 1, groups, n, size, device=DEVICE).to(dtype) for n in (chunk, past, 1)]
+    valid = torch.arange(groups, device=DEVICE)[:, None] > 0
+    logits = []
+    for number, (keys, _) in enumerate(sets):
+        each = query.double() @ keys.double().repeat_interleave(heads // groups, 1).transpose(2, 3) * scale
+        if number == 0:
+            each = each.masked_fill(torch.ones(chunk, chunk, dtype=torch.bool, device=DEVICE).triu(1), -torch.inf)
+        if number == 2:
+            seen = (valid if folded else valid & False).repeat_interleave(heads // groups, 0)
+            each = each.masked_fill(~seen[None, :, :, None], -torch.inf)
+        logits.append(each)
+    wide = [values.double().repeat_interleave(heads // groups, 1) for _, values in sets]
+    parts = [(each.softmax(-1) @ v, each.logsumexp(-1).float()) for each, v in zip(logits[:2], wide, strict=False)]
+    own, old = ((out.to(dtype), lse) for out, lse in parts)
+    mean = (sets[2][0, 0], sets[2][1, 0], valid) if folded else None
+    out, lse = join.join(query, own, old, mean, scale)
+    every = torch.cat(logits, -1)
+    close(out, every.softmax(-1) @ torch.cat(wide, 2), 1e-5 if dtype == torch.float32 else 1e-2, "output")
+    close(lse, every.logsumexp(-1), 1e-5, "lse")
+
+
+@pytest.mark.parametrize(("heads", "groups", "size", "tokens"), [(4, 2, 64, 5), (3, 1, 80, 1), (2, 2, 256, 3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32] if CUDA else [torch.float32])
+def test_turn_and_gate_are_those_of_transformers(
+    heads: int, groups: int, size: int, tokens: int, dtype: torch.dtype
+) -> None:
+    packed = torch.randn(2, tokens, (heads + groups) * size, device=DEVICE).to(dtype)
+    query, key = (x.view(2, tokens, -1, size).transpose(1, 2) for x in packed.split([heads * size, groups * size], -1))
+    for batch in (1, 2):
+        cos, sin = (torch.rand(batch, tokens, size, device=DEVICE).to(dtype) for _ in range(2))
+        wanted = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin)
+        for got, expected in zip(pointwise.turn(query, key, cos, sin), wanted, strict=True):
+            close(got, expected, 1e-6, "turned")
+    first, second = packed.chunk(2, -1) if packed.shape[-1] % 2 == 0 else (packed, packed)
+    wanted = torch.nn.functional.silu(first) * second
+    close(pointwise.gate(torch.cat([first, second], -1)), wanted, 1e-6 if dtype == torch.float32 else 1e-3, "gate")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_a_fused_model_computes_the_same(family: str) -> None:
+    """And it is the fused code that ran: the model's own rotary function is not called any more."""
+    model = (tiny.tiny_llama() if family == "llama" else tiny.tiny_opt()).to(DEVICE)
+    ids = torch.arange(7, 19, device=DEVICE)[None]
+    wanted = model(ids).logits
+    fuse(model)
+    close(model(ids).logits, wanted, 1e-4, "logits")
+    close(model(ids[:, :1]).logits, wanted[:, :1], 1e-4, "one token")
+    if family == "llama":
+        attention, feed_forward = model.model.layers[0].self_attn, model.model.layers[0].mlp
+        assert attention.forward.__globals__["apply_rotary_pos_emb"].__name__ == "turned"
+        assert "forward" in vars(feed_forward)

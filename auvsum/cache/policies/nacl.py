@@ -43,7 +43,7 @@ class NACL(Ring):
     def observe_chunk(self, attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
         """Scores and noise for `choose` alone: nothing of them is kept."""
         proxies = min(max(8, held.size // 100), held.chunk)
-        held.state["score"] = token_columns(attention.last_rows(proxies).sum(1), held)
+        held.state["score"] = token_columns(attention.last_sums(proxies), held)
         held.state["noise"] = gumbel(self.seed, store.layer, *held.positions.shape).to(held.key.device)
 
     def choose(self, held: Held, capacity: int) -> Tensor | None:

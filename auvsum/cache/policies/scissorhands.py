@@ -48,7 +48,7 @@ class Scissorhands(SlotPolicy):
 
     def observe_chunk(self, attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
         rows = min(self.window, held.chunk)
-        hits = attention.last_rows(rows) >= 1 / attention.keys_seen[:, held.chunk - rows :, None]
+        hits = attention.last_hits(1 / attention.keys_seen[:, held.chunk - rows :], _BITS)
         self._push(held.state, token_columns(hits, held), held.chunk)
 
     def choose(self, held: Held, capacity: int) -> Tensor | None:
@@ -72,21 +72,20 @@ class Scissorhands(SlotPolicy):
 
     def observe(self, store: SlotStore, probabilities: Tensor) -> None:
         hits = store.valid & (probabilities >= 1 / store.valid.sum(-1, keepdim=True))
-        self._push(store.state, hits[..., None, :], 1)
+        self._push(store.state, hits[..., None, :].to(torch.int32), 1)
 
     def _push(self, state: dict[str, Tensor], hits: Tensor, queries: int) -> None:
-        """Shifts all histories by `queries` and adds the last of them: bool `[.., at most window, C]`, oldest first."""
+        """Shifts all histories by `queries` and adds the last of them: words `[.., W, C]` of at most `window` bits."""
         old = [state[name].to(torch.int32) for name in self.state]
         words, bits = divmod(queries, _BITS)
-        rows = hits.shape[-2]
         for word, name in enumerate(self.state):
             value = torch.zeros_like(old[0])
             if word >= words:
                 value |= (old[word - words] << bits) & ((1 << _BITS) - 1)
             if word > words:
                 value |= old[word - words - 1] >> (_BITS - bits)
-            for age in range(word * _BITS, min((word + 1) * _BITS, rows)):
-                value |= hits[..., rows - 1 - age, :].to(torch.int32) << (age - word * _BITS)
+            if word < hits.shape[-2]:
+                value |= hits[..., word, :]
             state[name].copy_(value)
 
     def _counts(self, state: dict[str, Tensor]) -> Tensor:

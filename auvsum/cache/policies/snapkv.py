@@ -46,7 +46,7 @@ class SnapKV(Ring):
         earlier = held.size - window
         scores = held.key.new_full((held.key.shape[0], held.size), torch.inf, dtype=torch.float32)
         if earlier:
-            sums = token_columns(attention.last_rows(window).sum(1), held)[:, :earlier]
+            sums = token_columns(attention.last_sums(window), held)[:, :earlier]
             scores[:, :earlier] = functional.avg_pool1d(sums, self.kernel, stride=1, padding=self.kernel // 2)
         held.state["score"] = scores
 

@@ -24,7 +24,7 @@ class TOVA(SlotPolicy):
     one_set: ClassVar[bool] = True
 
     def observe_chunk(self, attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
-        last = token_columns(attention.last_rows(1)[:, 0], held)
+        last = token_columns(attention.last_sums(1), held)
         held.state["weight"].copy_(last.mean(0, keepdim=True).expand_as(last))
 
     def choose(self, held: Held, capacity: int) -> Tensor | None:
