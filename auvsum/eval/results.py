@@ -65,30 +65,12 @@ def claims(runs: Sequence[Run]) -> list[str]:
             said.append(f"it loses less in {len(found['holds'])}: {', '.join(found['holds']) or 'none'}")
             said.append(f"more in {len(found['fails'])}: {', '.join(found['fails']) or 'none'}")
             said.append(f"not told apart in {len(found['open'])}: {', '.join(found['open']) or 'none'}")
-            caveat = _nacl_caveat(runs) if other == "nacl" else ""
-            parts.append("; ".join(said) + "." + caveat + "\n")
+            parts.append("; ".join(said) + ".\n")
     if parts:
         reasons = [reason for run in runs if (reason := _reason(run))]
         parts += [f"Why: {' '.join(reasons)}\n"] if reasons else []
         parts.insert(0, "## The paper's claims\n")
     return parts
-
-
-def _nacl_caveat(runs: Sequence[Run]) -> str:
-    """Where NACL's ring of recent tokens, 2.5% of its slots, is a single one: that row measures the ring."""
-    small = [
-        f"{run.name} {row['budget']}"
-        for run in runs
-        for row in run.metrics()["rows"].values()
-        if row["policy"] == "nacl" and (row["slots"] or 0) < 80
-    ]
-    if not small:
-        return ""
-    return (
-        f" Not a fair fight at {', '.join(small)}: with fewer than 80 slots the ring in which NACL's newest tokens "
-        "share 2.5% of them is one slot, so that while it writes it does not see what it wrote (its official code "
-        "evicts nothing then; docs/POLICIES.md)."
-    )
 
 
 def _reason(run: Run) -> str:
@@ -161,7 +143,8 @@ def sentences(metrics: dict[str, Any]) -> list[str]:
     """What a run's table says, sentence by sentence."""
     rows = metrics["rows"]
     said = [_claim(metrics, "auv", other) for other in ("h2o", "nacl", "snapkv")]
-    said += [_claim(metrics, "auv-look", other) for other in ("h2o", "snapkv", "pyramidkv", "tova", "nacl", "auv")]
+    peers = ("h2o", "snapkv", "pyramidkv", "tova", "nacl", "streaming", "auv")
+    said += [_claim(metrics, "auv-look", other) for other in peers]
     said.append(_quality(rows, "bertscore", "BERTScore") or _quality(rows, "rouge1", "ROUGE-1"))
     said.append(_truncation(metrics))
     found = [sentence for sentence in said if sentence]
