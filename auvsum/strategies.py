@@ -5,7 +5,8 @@ stream       in chunks over the budgeted cache; past the positions, positions co
              models), or windows restart after the prompt's head (learned positions). An approximation: said so
 map-reduce   windows at paragraphs and sentences, summarized together in one batch, their summaries summarized
              (`rounds.py`)
-extract      the sentences of all parts that are most like the others (`text/central.py`), as many as a window holds
+map-rank     windows as well, and of their summaries' sentences the central ones are kept (`text/central.py`)
+extract      the sentences of all parts that are most like the others, as many as a window holds, in one prompt
 auto         single where the document fits, else what the measurements in docs/LOG.md prefer
 """
 
@@ -41,7 +42,7 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
     """
     asked, limit = settings.strategy, loaded.max_positions
     over = limit is not None and len(prompt.ids) + max_new_tokens > limit
-    if not over or asked in ("map-reduce", "extract"):
+    if not over or asked in ("map-reduce", "map-rank", "extract"):
         return "single" if asked == "auto" else asked
     if settings.truncate and asked != "stream":
         return "single"
@@ -51,7 +52,12 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
             f"but {loaded.name} has {limit:,} positions",
             "leave --strategy away to have it read in parts; --truncate reads only as much of its beginning as fits",
         )
-    return BEYOND if asked == "auto" else asked
+    return beyond(settings) if asked == "auto" else asked
+
+
+def beyond(settings: Settings) -> str:
+    """What `auto` does with a document past the positions. Answers to a question are read again, not chosen from."""
+    return "map-reduce" if settings.query else BEYOND
 
 
 def surely_over(text: str, settings: Settings, loaded: LoadedModel) -> bool:
@@ -60,12 +66,18 @@ def surely_over(text: str, settings: Settings, loaded: LoadedModel) -> bool:
     A text that is mostly blanks may be judged wrongly; it is then one window, and read as it would have been.
     """
     limit = loaded.max_positions
-    pieces = settings.strategy in ("auto", "map-reduce", "extract") and not settings.truncate
+    pieces = settings.strategy not in ("single", "stream") and not settings.truncate
     return limit is not None and pieces and len(text) > _CHARACTERS * limit
 
 
-def explain(tokens: int, loaded: LoadedModel, settings: Settings, windows: Sequence[Window], chosen: bool) -> list[str]:
-    """What people should know about a text of `tokens` that is read in windows, or in the part that was `chosen`."""
+def explain(
+    tokens: int, loaded: LoadedModel, settings: Settings, windows: Sequence[Window], *, ranks: bool, chosen: bool
+) -> list[str]:
+    """What people should know about a text of `tokens` that is read in windows, or in the part that was `chosen`.
+
+    Args:
+        ranks: whether sentences of the windows' summaries are kept as they are.
+    """
     positions = f"{loaded.name} has {loaded.max_positions or 0:,} positions"
     auto = "auto chose it" if settings.strategy == "auto" else "as asked"
     number = len(windows)
@@ -75,9 +87,9 @@ def explain(tokens: int, loaded: LoadedModel, settings: Settings, windows: Seque
         read = sum(window.tokens for window in windows)
         return [f"extract ({auto}): the model reads the {read:,} tokens of the central sentences, of {tokens:,} in all"]
     if number > 1:
-        return [
-            f"map-reduce ({auto}): {tokens:,} tokens in {number} windows, whose summaries are summarized; {positions}"
-        ]
+        last = "the central sentences of whose summaries are kept" if ranks else "whose summaries are summarized"
+        strategy = "map-rank" if ranks else "map-reduce"
+        return [f"{strategy} ({auto}): {tokens:,} tokens in {number} windows, {last}; {positions}"]
     return []
 
 

@@ -10,6 +10,7 @@ import pytest
 from auvsum.errors import BudgetError, DocumentTooLong, PolicyError
 from auvsum.events import Event, PrefillProgress
 from auvsum.summarize import Summarizer
+from auvsum.text.readers import Document
 from tests import checkpoints
 
 #: About 60 tokens of the tiny tokenizers.
@@ -40,7 +41,7 @@ def test_auto_reads_long_documents_in_windows(folders: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("strategy", ["stream", "map-reduce"])
+@pytest.mark.parametrize("strategy", ["stream", "map-reduce", "map-rank"])
 def test_every_strategy_reads_all_of_a_long_document(family: str, strategy: str, folders: dict[str, str]) -> None:
     model = summarizer(folders[family], strategy=strategy)
     events: list[Event] = []
@@ -79,6 +80,46 @@ def test_the_summary_of_map_reduce_is_that_of_its_windows_summaries(folders: dic
     joined = rounds.join(windows, parts)
     assert joined.count("# Part") >= 2
     assert model.summarize(LONG).text == alone.summarize(joined).text
+
+
+def test_map_rank_keeps_sentences_of_its_windows_summaries(folders: dict[str, str]) -> None:
+    """By hand: cut, summarize each window by itself in few tokens, keep the best sentences."""
+    from auvsum import rounds
+    from auvsum.text.central import best_sentences
+
+    settings: dict[str, Any] = {"window": 500, "budget": "60%"}
+    model = summarizer(folders["llama"], strategy="map-rank", max_tokens=200, **settings)
+    plan = model.plan(LONG)
+    assert len(plan.windows) > 2
+    part = 2 * 200 // len(plan.windows)
+    assert part > rounds.PART_RANKED
+    alone = summarizer(folders["llama"], strategy="single", max_tokens=part, **settings)
+    parts = [alone.summarize(window.text).text for window in plan.windows]
+    count = rounds._counter(model.loaded.tokenizer)
+    heard: list[str] = []
+    summary = model.summarize(LONG, on_text=heard.append)
+    assert summary.text == "".join(heard) == best_sentences(parts, 200, count)
+    assert summary.record()["tokens"]["generated"] == sum(len(alone.summarize(w.text).token_ids) for w in plan.windows)
+    (alike,) = model.run([Document("a", LONG, "utf-8")], together=False)
+    assert alike.record()["summary"] == summary.text
+
+
+def test_the_best_sentences_are_central_whole_and_of_all_parts() -> None:
+    from auvsum.text.central import best_sentences
+
+    def count(pieces: Any) -> list[int]:
+        return [len(piece.split()) for piece in pieces]
+
+    first = "Prices rose in the north. Nobody knew of snow. Prices rose in the"
+    second = "Prices rose in the south too. Prices rose in the north."
+    third = "Wages and prices rose in the east. Wages rose in the"
+    chosen = best_sentences([first, second, third], 24, count)
+    assert chosen == "Prices rose in the north. Prices rose in the south too. Wages and prices rose in the east."
+    assert best_sentences([first, second, third], 100, count, most=1).count(".") == 1
+    assert best_sentences([first, second, third], 100, count).count("Prices rose in the north.") == 1
+    assert "Nobody knew" in best_sentences([first, second, third], 100, count)
+    assert best_sentences(["a summary that was cut off"], 3, count) == "a summary that was cut off"
+    assert best_sentences(["", "…"], 10, count) == ""
 
 
 def test_extract_summarizes_the_central_sentences(folders: dict[str, str]) -> None:
@@ -178,7 +219,6 @@ def test_windows_of_several_documents_are_written_together(folders: dict[str, st
     from auvsum.batch import Failure
     from auvsum.events import DocumentDone, DocumentStarted
     from auvsum.summarize import Summary
-    from auvsum.text.readers import Document
 
     texts = [LONG, SENTENCE * 2, LONG.replace("bridge", "tower"), "  ", LONG.replace("hall", "square")]
     documents = [Document(str(i), text, "utf-8", warnings=(f"note {i}",)) for i, text in enumerate(texts)]
@@ -205,7 +245,6 @@ def test_a_document_whose_window_fails_stops_no_other(folders: dict[str, str], m
     from auvsum.engine.generate import Engine
     from auvsum.errors import GenerationFailed
     from auvsum.summarize import Summary
-    from auvsum.text.readers import Document
 
     drawn = Engine._draw
 
