@@ -7,7 +7,8 @@ map-reduce   windows at paragraphs and sentences, summarized together in one bat
              (`rounds.py`)
 map-rank     windows as well, and of their summaries' sentences the central ones are kept (`text/central.py`)
 extract      the sentences of all parts that are most like the others, as many as a window holds, in one prompt
-auto         single where the document fits, else what the measurements in docs/LOG.md prefer
+auto         by the measurements in docs/LOG.md: map-rank past the positions, and with a small model for documents of
+             several windows; else single
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from auvsum.cache.policy import Policy
 from auvsum.cache.rotary import Rotary
 from auvsum.engine.parts import Part, chunks, windows
 from auvsum.errors import BudgetError, DocumentTooLong, PolicyError
+from auvsum.rounds import WINDOW
 from auvsum.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from auvsum.text.windows import Window
 
 #: What `auto` does with a document past the positions.
-BEYOND = "map-reduce"
+BEYOND = "map-rank"
+#: A model of fewer parameters summarizes a document of more than so many windows worse at once than in windows.
+_SMALL, _WHOLE = 10**9, 3
 #: More characters than this a token has no text, but for blanks.
 _CHARACTERS = 64
 _APPROXIMATION = "an approximation: --strategy map-reduce reads each part at its own positions"
@@ -42,8 +46,10 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
     """
     asked, limit = settings.strategy, loaded.max_positions
     over = limit is not None and len(prompt.ids) + max_new_tokens > limit
+    if asked == "auto" and not over:
+        return beyond(settings) if _better_in_windows(prompt, settings, loaded) else "single"
     if not over or asked in ("map-reduce", "map-rank", "extract"):
-        return "single" if asked == "auto" else asked
+        return asked
     if settings.truncate and asked != "stream":
         return "single"
     if asked == "single":
@@ -53,6 +59,14 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
             "leave --strategy away to have it read in parts; --truncate reads only as much of its beginning as fits",
         )
     return beyond(settings) if asked == "auto" else asked
+
+
+def _better_in_windows(prompt: Prompt, settings: Settings, loaded: LoadedModel) -> bool:
+    """Whether a document that fits is summarized better part by part; not asked where policy or budget were chosen."""
+    untouched = settings.policy == settings.budget == "auto" and not (settings.query or settings.truncate)
+    if not untouched or len(prompt.ids) <= _WHOLE * WINDOW:
+        return False
+    return bool(sum(parameter.numel() for parameter in loaded.model.parameters()) < _SMALL)
 
 
 def beyond(settings: Settings) -> str:

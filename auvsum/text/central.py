@@ -69,16 +69,16 @@ def best_sentences(parts: Sequence[str], room: int, count: Count, most: int | No
     served = {found[chosen[0]][0]}
     room -= tokens[chosen[0]] + 1
     while left and len(chosen) < (most or len(some)):
-        text = next((text for text in left if found[text][0] not in served and tokens[text] < room), None)
-        if text is None and not served:
-            break
-        if text is None:
+        following = next((text for text in left if found[text][0] not in served and tokens[text] < room), None)
+        if following is not None:
+            left.remove(following)
+            chosen.append(following)
+            served.add(found[following][0])
+            room -= tokens[following] + 1
+        elif served:  # all that can have had their turn
             served = set()
-            continue
-        left.remove(text)
-        chosen.append(text)
-        served.add(found[text][0])
-        room -= tokens[text] + 1
+        else:
+            break
     return " ".join(text for text in some if text in chosen)
 
 

@@ -36,8 +36,26 @@ def test_auto_reads_long_documents_in_windows(folders: dict[str, str]) -> None:
     model = summarizer(folders["llama"])
     assert model.plan(SENTENCE).strategy == "single"
     plan = model.plan(LONG)
-    assert (plan.strategy, plan.cut_tokens) == ("map-reduce", 0)
+    assert (plan.strategy, plan.cut_tokens) == ("map-rank", 0)
     assert any("auto chose it" in warning for warning in plan.warnings)
+
+
+def test_auto_reads_what_fits_in_windows_where_the_model_is_small(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from auvsum import strategies
+
+    text = SENTENCE * 8
+    monkeypatch.setattr(strategies, "WINDOW", 100)
+    model = summarizer(folders["llama"], budget="auto")
+    plan = model.plan(text)
+    assert 300 < len(plan.prompt.ids) + 16 < 768
+    assert plan.strategy == "map-rank"
+    assert model.plan(SENTENCE * 2).strategy == "single"
+    for settings in ({"budget": "100"}, {"budget": "auto", "policy": "h2o"}, {"budget": "auto", "query": "what"}):
+        assert summarizer(folders["llama"], **settings).plan(text).strategy == "single"
+    monkeypatch.setattr(strategies, "_SMALL", 10)
+    assert model.plan(text).strategy == "single"
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -291,7 +309,7 @@ def test_a_very_long_text_is_never_tokenized_whole(folders: dict[str, str], monk
     assert plan.budget.slots == whole.budget.slots
     # One that fits after all is read as it would have been.
     short = SENTENCE * 3
-    expected = model.summarize(short).text if model.plan(short).strategy == "map-reduce" else None
+    expected = model.summarize(short).text if model.plan(short).windows else None
     with monkeypatch.context() as patch:
         patch.setattr(strategies, "_CHARACTERS", 64)
         assert model.plan(short).strategy == "single"
