@@ -1,11 +1,12 @@
-"""What a document needs from an engine, round by round: one prompt, or (map-reduce) its windows, then their summaries.
+"""What a document needs from an engine, round by round: one prompt, or its windows, and (map-reduce) their summaries.
 
     rounds = Rounds(summarizer, plan, id, source)
     while rounds.summary is None:
         for piece in rounds.pieces():        # prompts that can be read in any order, beside those of other documents
             ...                              # rounds.hear(piece, event) for each event of the engine about it
 
-Every round shortens the text, until one prompt holds it: the last round, whose summary is the document's.
+Every round shortens the text, until one prompt holds it: the last round, whose summary is the document's. map-rank has
+windows alone: the best sentences of their summaries are the document's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from auvsum.errors import DocumentTooLong, GenerationFailed
 from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, PrefillProgress
-from auvsum.text.central import central_sentences
+from auvsum.text.central import best_sentences, central_sentences
 from auvsum.text.passages import best_passages
 from auvsum.text.prompts import Prompt
 from auvsum.text.windows import Count, Window, cut
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 #: Tokens of a window of map-reduce, where the model has room for so many.
 WINDOW = 2048
-#: The most tokens of a window's summary.
-PART = 192
+#: The most tokens of a window's summary: of one that will be read again, and of one whose best sentences are kept.
+PART, PART_RANKED = 192, 64
 #: Summaries of windows may not grow past this share of what they summarize: each round must shorten the text.
 _SHRINK = 4
 #: The share of a window that the passages take of which a question is asked, and characters a token, about.
@@ -102,6 +103,10 @@ def passages_to_read(text: str, room: int, query: str, tokenizer: Any) -> list[W
     return []
 
 
+def _count_words(pieces: Sequence[str]) -> list[int]:
+    return [len(piece.split()) for piece in pieces]
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A prompt of a document's current round. `writing` is there in the last one."""
@@ -135,9 +140,10 @@ class Rounds:
         if plan.windows:
             settings = summarizer.settings
             self._how = mapping(plan.prompt, settings, summarizer.loaded, plan.max_new_tokens)
-            shorter = replace(
-                settings, strategy="single", sentences=None, words=None, style=None, max_tokens=self._how.max_new_tokens
-            )
+            part = self._how.max_new_tokens
+            if plan.strategy == "map-rank":  # few windows have more to say each
+                part = min(part, max(PART_RANKED, 2 * plan.max_new_tokens // len(plan.windows)))
+            shorter = replace(settings, strategy="single", sentences=None, words=None, style=None, max_tokens=part)
             self._mapper = summarizer.with_settings(shorter)
 
     def started(self, index: int) -> DocumentStarted:
@@ -203,11 +209,26 @@ class Rounds:
         if isinstance(event, Finished):
             self._parts[piece.number] = self._mapper.text_of(event.token_ids)
             if len(self._parts) == len(self._windows):
-                self._reduce()
+                return self._rank(rows) if self.plan.strategy == "map-rank" else self._reduce()
         return ""
 
-    def _reduce(self) -> None:
-        """All windows have their summaries: these are the text of the next round."""
+    def _rank(self, rows: int) -> str:
+        """All windows have their summaries: their best sentences are the document's summary, which is returned."""
+        from auvsum.summarize import Summary
+
+        settings, loaded = self._summarizer.settings, self._summarizer.loaded
+        room, count = self.plan.max_new_tokens, _counter(loaded.tokenizer)
+        if settings.words is not None:
+            room, count = settings.words, _count_words
+        parts = [self._parts[i] for i in range(len(self._windows))]
+        text = best_sentences(parts, room, count, settings.sentences)
+        if not text:
+            raise GenerationFailed("the summaries of its parts are empty", "use another model, or a larger budget")
+        self._complete(Summary(self._id, self._source, text, self.plan, settings, loaded), rows)
+        return text
+
+    def _reduce(self) -> str:
+        """All windows have their summaries: these are the text of the next round. Nothing is written yet."""
         before = sum(window.end - window.start for window in self._windows)
         joined = join(self._windows, [self._parts[i] for i in range(len(self._windows))])
         if not joined:
@@ -216,6 +237,7 @@ class Rounds:
             raise DocumentTooLong("the summaries of its parts are no shorter than the document", "lower --max-tokens")
         self._windows = cut_windows(joined, self._how.room, self._summarizer.loaded.tokenizer)
         self._parts, self._round, self.due = {}, self._round + 1, True
+        return ""
 
     def _complete(self, summary: Summary, rows: int) -> None:
         cost = self._cost

@@ -5,8 +5,10 @@ stream       in chunks over the budgeted cache; past the positions, positions co
              models), or windows restart after the prompt's head (learned positions). An approximation: said so
 map-reduce   windows at paragraphs and sentences, summarized together in one batch, their summaries summarized
              (`rounds.py`)
-extract      the sentences of all parts that are most like the others (`text/central.py`), as many as a window holds
-auto         single where the document fits, else what the measurements in docs/LOG.md prefer
+map-rank     windows as well, and of their summaries' sentences the central ones are kept (`text/central.py`)
+extract      the sentences of all parts that are most like the others, as many as a window holds, in one prompt
+auto         by the measurements in docs/LOG.md: map-rank past the positions, and with a small model for documents of
+             several windows; else single
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from auvsum.cache.policy import Policy
 from auvsum.cache.rotary import Rotary
 from auvsum.engine.parts import Part, chunks, windows
 from auvsum.errors import BudgetError, DocumentTooLong, PolicyError
+from auvsum.rounds import WINDOW
 from auvsum.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
     from auvsum.text.windows import Window
 
 #: What `auto` does with a document past the positions.
-BEYOND = "map-reduce"
+BEYOND = "map-rank"
+#: A model of fewer parameters summarizes a document of more than so many windows worse at once than in windows.
+_SMALL, _WHOLE = 10**9, 3
 #: More characters than this a token has no text, but for blanks.
 _CHARACTERS = 64
 _APPROXIMATION = "an approximation: --strategy map-reduce reads each part at its own positions"
@@ -41,8 +46,10 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
     """
     asked, limit = settings.strategy, loaded.max_positions
     over = limit is not None and len(prompt.ids) + max_new_tokens > limit
-    if not over or asked in ("map-reduce", "extract"):
-        return "single" if asked == "auto" else asked
+    if asked == "auto" and not over:
+        return beyond(settings) if _better_in_windows(prompt, settings, loaded) else "single"
+    if not over or asked in ("map-reduce", "map-rank", "extract"):
+        return asked
     if settings.truncate and asked != "stream":
         return "single"
     if asked == "single":
@@ -51,7 +58,20 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
             f"but {loaded.name} has {limit:,} positions",
             "leave --strategy away to have it read in parts; --truncate reads only as much of its beginning as fits",
         )
-    return BEYOND if asked == "auto" else asked
+    return beyond(settings) if asked == "auto" else asked
+
+
+def _better_in_windows(prompt: Prompt, settings: Settings, loaded: LoadedModel) -> bool:
+    """Whether a document that fits is summarized better part by part; not asked where policy or budget were chosen."""
+    untouched = settings.policy == settings.budget == "auto" and not (settings.query or settings.truncate)
+    if not untouched or len(prompt.ids) <= _WHOLE * WINDOW:
+        return False
+    return bool(sum(parameter.numel() for parameter in loaded.model.parameters()) < _SMALL)
+
+
+def beyond(settings: Settings) -> str:
+    """What `auto` does with a document past the positions. Answers to a question are read again, not chosen from."""
+    return "map-reduce" if settings.query else BEYOND
 
 
 def surely_over(text: str, settings: Settings, loaded: LoadedModel) -> bool:
@@ -60,12 +80,18 @@ def surely_over(text: str, settings: Settings, loaded: LoadedModel) -> bool:
     A text that is mostly blanks may be judged wrongly; it is then one window, and read as it would have been.
     """
     limit = loaded.max_positions
-    pieces = settings.strategy in ("auto", "map-reduce", "extract") and not settings.truncate
+    pieces = settings.strategy not in ("single", "stream") and not settings.truncate
     return limit is not None and pieces and len(text) > _CHARACTERS * limit
 
 
-def explain(tokens: int, loaded: LoadedModel, settings: Settings, windows: Sequence[Window], chosen: bool) -> list[str]:
-    """What people should know about a text of `tokens` that is read in windows, or in the part that was `chosen`."""
+def explain(
+    tokens: int, loaded: LoadedModel, settings: Settings, windows: Sequence[Window], *, ranks: bool, chosen: bool
+) -> list[str]:
+    """What people should know about a text of `tokens` that is read in windows, or in the part that was `chosen`.
+
+    Args:
+        ranks: whether sentences of the windows' summaries are kept as they are.
+    """
     positions = f"{loaded.name} has {loaded.max_positions or 0:,} positions"
     auto = "auto chose it" if settings.strategy == "auto" else "as asked"
     number = len(windows)
@@ -75,9 +101,9 @@ def explain(tokens: int, loaded: LoadedModel, settings: Settings, windows: Seque
         read = sum(window.tokens for window in windows)
         return [f"extract ({auto}): the model reads the {read:,} tokens of the central sentences, of {tokens:,} in all"]
     if number > 1:
-        return [
-            f"map-reduce ({auto}): {tokens:,} tokens in {number} windows, whose summaries are summarized; {positions}"
-        ]
+        last = "the central sentences of whose summaries are kept" if ranks else "whose summaries are summarized"
+        strategy = "map-rank" if ranks else "map-reduce"
+        return [f"{strategy} ({auto}): {tokens:,} tokens in {number} windows, {last}; {positions}"]
     return []
 
 

@@ -42,10 +42,10 @@ class Plan:
 
     Attributes:
         document_tokens: of the whole document, before any truncation. cut_tokens: how many of them are not read.
-        strategy: `single`, `stream`, `map-reduce` or `extract` (`strategies.py`, `rounds.py`); a budget is a window's.
+        strategy: what `strategies.py` chose; where there are windows, the budget is a window's.
         policy: the policy that runs; `full` when the budget is `auto` and the full cache fits.
         parts: how the prompt is read when not at the positions of its tokens.
-        windows: of map-reduce, or the one that `extract` makes. The prompt of a very long document is only the frame.
+        windows: of a long document, or the one that `extract` makes. The prompt of a very long one is only the frame.
         bits: of a stored key or value.
     """
 
@@ -242,7 +242,7 @@ class Summarizer:
         document_tokens = prompt.document[1] - prompt.document[0]
         max_new_tokens = settings.max_tokens or prompt.max_new_tokens
         if very_long:
-            strategy = strategies.BEYOND if settings.strategy == "auto" else settings.strategy
+            strategy = strategies.beyond(settings) if settings.strategy == "auto" else settings.strategy
         else:
             strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
         if strategy == "stream":
@@ -280,7 +280,10 @@ class Summarizer:
                 chosen = rounds.sentences_to_read(text, how.room, loaded.tokenizer)
             frame = prompt.frame_tokens
             windows = chosen or windows
-            warnings = strategies.explain(document_tokens + frame, loaded, settings, windows, chosen=bool(chosen))
+            ranks = strategy == "map-rank"
+            warnings = strategies.explain(
+                document_tokens + frame, loaded, settings, windows, ranks=ranks, chosen=bool(chosen)
+            )
             tokens = min(document_tokens, how.room) + frame
             policy, budget, bits = self._budget(tokens, max_new_tokens, free, self.second_look or self.policy)
         elif over:

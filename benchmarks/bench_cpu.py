@@ -11,7 +11,8 @@ model's weights); who cannot run is said to be so.
 
 Of the first three sections every engine has a process of its own, which waits while another one runs: its memory is its
 own, and no library has to live with another's threads. Peers run in the environment as they find it, without the
-settings that auvsum makes for itself.
+settings that auvsum makes for itself. auvsum and transformers compute in bf16, or in fp32 on a processor without bf16
+instructions, where bf16 takes ten times as long.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def save_random(shape: str, folder: Path) -> Path:
     return folder
 
 
-def load_folder(folder: Path, weights: str = "bf16") -> Any:
+def load_folder(folder: Path, weights: str = "auto") -> Any:
     """A saved model, its weights mapped; in 8 bits if asked."""
     from auvsum.engine.models import load
 
-    model = load(str(folder), device="cpu", dtype="bf16", weights=weights).model
+    model = load(str(folder), device="cpu", weights=weights).model
     model.generation_config.eos_token_id = None  # everybody writes as many tokens as asked for
     return model
 
@@ -82,30 +83,39 @@ def draw(config: Any, tokens: int) -> list[int]:
 
 #: The engines of a section, by name: the library first, then what it is asked for. auvsum: weights, policy, how the
 #: prompt is read. transformers: weights, attention. CTranslate2: type, and how many tokens of the prompt it gets.
+#: `TYPE` is what the processor computes in.
 _DECODE = (
-    *(f"auvsum {weights} {how}" for weights in ("bf16", "int8") for how in ("full", "auv", "h2o", "auv streamed")),
-    "transformers bf16 sdpa",
-    "transformers bf16 eager",
+    *(f"auvsum {weights} {how}" for weights in ("TYPE", "int8") for how in ("full", "auv", "h2o", "auv streamed")),
+    "transformers TYPE sdpa",
+    "transformers TYPE eager",
     "CTranslate2 float32",
     "CTranslate2 int8",
     "CTranslate2 int8 short",
 )
 #: `auv-look` in 4 bits is what `--policy auto` takes on a CPU at this budget, `auv streamed` is `--strategy stream`.
 _DOCUMENT = (
-    "auvsum bf16 auv-look",
+    "auvsum TYPE auv-look",
     "auvsum int8 auv-look",
-    "auvsum bf16 auv streamed",
+    "auvsum TYPE auv streamed",
     "auvsum int8 auv streamed",
-    "transformers bf16 sdpa",
+    "transformers TYPE sdpa",
     "llama.cpp",
 )
 _LARGE = (
-    "auvsum bf16 auv streamed",
+    "auvsum TYPE auv streamed",
     "auvsum int8 auv streamed",
-    "transformers bf16 sdpa",
-    "transformers bf16 eager",
+    "transformers TYPE sdpa",
     "CTranslate2 int8",
 )
+
+
+def computes_in() -> str:
+    """`bf16` where the processor has instructions for it, else `fp32`: auvsum's own choice."""
+    from auvsum.engine.hardware import cpu_has_bf16
+
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
 #: What `CTranslate2 int8 short` gets to read: about the slots that the budget leaves of the long prompt.
 _SHORT = 80
 
@@ -129,7 +139,7 @@ def make_case(name: str, options: argparse.Namespace) -> Case:
     import torch
 
     torch.set_num_threads(threads)
-    model, shape = load_model(saved, how[0])
+    model, shape = load_model(saved, "int8" if how[0] == "int8" else "auto")
     if library == "transformers":
         return transformers_case(model, ids, new, how[1])
     policy, chunk = how[1], options.chunk if "streamed" in how else None
@@ -145,7 +155,7 @@ def load_model(saved: Path | None, weights: str) -> tuple[Any, Any]:
     if saved is not None:
         model = load_folder(saved, weights)
         return model, cache_shape(model)
-    loaded = load(device="cpu", dtype="bf16", weights=weights)
+    loaded = load(device="cpu", weights=weights)
     loaded.model.generation_config.eos_token_id = None
     return loaded.model, loaded.shape
 
@@ -248,6 +258,7 @@ def compare(
 ) -> Iterator[list[dict[str, Any]]]:
     """Runs all engines in turns; yields the rows so far after every round. The first one warms up."""
     children, notes = {}, {}
+    names = tuple(name.replace("TYPE", computes_in()) for name in names)
     for kind in dict.fromkeys(name.split()[1] for name in names if name.startswith("CTranslate2")):
         Child(f"convert {kind}", job, options).end()
     for name in names:
@@ -338,7 +349,7 @@ def batch(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
     policy = make_policy("auv")
     together, new = 16, options.new_tokens
     cases: dict[str, Callable[[], float]] = {}
-    for weights in ("bf16", "int8"):
+    for weights in ("auto", "int8"):
         model = load_folder(saved, weights)
         for number in (1, together):
 
@@ -355,7 +366,7 @@ def batch(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
                         written += 1
                 return written / (ended - started)
 
-            cases[f"{weights}, {number} together"] = case
+            cases[f"{computes_in() if weights == 'auto' else weights}, {number} together"] = case
     results, _ = common.interleave(cases, options.repetitions)
     yield [{"engine": name, "decode_tokens_per_s": round(common.median(rates), 2)} for name, rates in results.items()]
 
@@ -390,9 +401,9 @@ def bookkeeping(options: argparse.Namespace, folder: Path) -> Iterator[Rows]:
 
     saved = save_random("opt-125m", folder / "opt-125m")
     models = {
-        "opt-125m bf16": load_folder(saved),
+        f"opt-125m {computes_in()}": load_folder(saved),
         "opt-125m int8": load_folder(saved, "int8"),
-        "default model bf16": load(device="cpu").model,
+        f"default model {computes_in()}": load(device="cpu").model,
         "default model int8": load(device="cpu", weights="int8").model,
     }
     found: list[dict[str, Any]] = []
@@ -475,6 +486,7 @@ def main() -> None:
                 sections[name] = {"load_average": loads, "seconds": round(time.perf_counter() - started), "rows": found}
                 record = {
                     "benchmark": "cpu",
+                    "computes_in": computes_in(),
                     "prompt_tokens": options.prompt,
                     "document_tokens": options.document,
                     "summary_tokens": options.summary,

@@ -31,10 +31,12 @@ from benchmarks import common
 
 SETS = ["beigebook:40", "gao", "gov_leval", "qmsum", "plos"]
 FULL = "single:full:auto"
-AUTO = "map-reduce:auto:auto"
+AUTO = "map-rank:auto:auto"
+REDUCE = "map-reduce:auto:auto"
 CASES = [
     FULL,
     AUTO,
+    REDUCE,
     "stream:auv:1024:chunk=2048",
     "stream:auv:512:chunk=2048",
     "stream:auv:2048:chunk=2048",
@@ -44,7 +46,7 @@ LEXRANK = "lexrank"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["generate", "fidelity", "lexrank", "score"])
+    parser.add_argument("step", choices=["generate", "rank", "fidelity", "lexrank", "score"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--title", default="", help="of the table: where the summaries were written")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    {"generate": generate, "fidelity": fidelity, "lexrank": lexrank, "score": score}[given.step](given)
+    {"generate": generate, "rank": rank, "fidelity": fidelity, "lexrank": lexrank, "score": score}[given.step](given)
 
 
 # -- documents and files ----------------------------------------------------------------------------------------------
@@ -181,6 +183,33 @@ class noted_rounds:
         from auvsum.rounds import Rounds
 
         Rounds.pieces, Rounds._reduce = self._pieces, self._reduce  # type: ignore[method-assign]
+
+
+# -- rank -------------------------------------------------------------------------------------------------------------
+
+
+def rank(given: argparse.Namespace) -> None:
+    """What map-rank makes of the windows' summaries that map-reduce wrote: its own are the same, but cut shorter.
+
+    For runs that have the one and not the other: nothing is generated.
+    """
+    from auvsum import Summarizer, rounds
+    from auvsum.text.central import best_sentences
+
+    summarizer = Summarizer.from_settings(settings_of(AUTO, given)[0])
+    tokenizer, room = summarizer.loaded.tokenizer, summarizer.plan("text").max_new_tokens
+
+    def ids(texts: Any) -> Any:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    rows = rows_of(given.out)
+    done = {(row["set"], row["id"]) for row in rows if row["case"] == AUTO}
+    for row in rows:
+        if row["case"] == REDUCE and row.get("parts") and (row["set"], row["id"]) not in done:
+            part = max(rounds.PART_RANKED, 2 * room // len(row["parts"]))
+            parts = [tokenizer.decode(one[:part]) for one in ids(row["parts"])]
+            text = best_sentences(parts, room, lambda texts: [len(one) for one in ids(texts)])
+            append(given.out, [{**row, "case": AUTO, "summary": text, "tokens": None, "prompt": None, "parts": None}])
 
 
 # -- fidelity ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What 8-bit weights cost in quality: how often and how surely they agree with the 16-bit model, and ROUGE.
+"""What 8-bit weights cost in quality: how often and how surely they agree with the model as it is, and ROUGE.
 
     python benchmarks/eval_weights.py                                    # the shipped samples
     python benchmarks/eval_weights.py --data cnndm.jsonl --limit 24      # rows with id, document and summary
@@ -59,10 +59,11 @@ def main() -> None:
     plain, eight = load(options.model, device="cpu"), load(options.model, device="cpu")
     quantize_weights(eight.model)
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()][: options.limit]
+    own_type = str(plain.dtype).removeprefix("torch.")
     rouge = Rouge()
     agrees: list[float] = []
     lost: list[float] = []
-    scores: dict[str, list[float]] = {"bf16": [], "int8": []}
+    scores: dict[str, list[float]] = {own_type: [], "int8": []}
     same = 0
     for row in rows:
         head = plain.tokenizer(row["document"], verbose=False).input_ids[: options.most_tokens]
@@ -75,7 +76,7 @@ def main() -> None:
         agrees.append((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
         lost.append((ours.gather(1, at) - theirs.gather(1, at)).mean().item())
         same += own == tokens
-        for name, said in (("bf16", tokens), ("int8", own)):
+        for name, said in ((own_type, tokens), ("int8", own)):
             scores[name].append(rouge.scores(plain.tokenizer.decode(said), row["summary"])["rouge1"])
 
     record = {
@@ -92,7 +93,7 @@ def main() -> None:
     common.print_table(
         ["weights", "ROUGE-1", "agreement", "nats lost"],
         [
-            ["bf16", f"{estimate(scores['bf16']).mean:.1f}", "1", "0"],
+            [own_type, f"{estimate(scores[own_type]).mean:.1f}", "1", "0"],
             [
                 "int8",
                 f"{estimate(scores['int8']).mean:.3f}",

@@ -18,7 +18,7 @@ from benchmarks import common
 
 RESULTS = common.ROOT / "benchmarks" / "results"
 PAGE = common.ROOT / "docs" / "LONG.md"
-AUTO, SINGLE, LEXRANK = "map-reduce:auto:auto", "single:full:auto", "lexrank"
+AUTO, SINGLE, LEXRANK = "map-rank:auto:auto", "single:full:auto", "lexrank"
 Scores = dict[tuple[str, str], dict[str, Any]]
 
 

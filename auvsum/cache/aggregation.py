@@ -25,11 +25,20 @@ def aggregate_chunk(attention: ChunkAttention, held: Held, store: SlotStore, row
 
 def aggregate_step(store: SlotStore, probabilities: Tensor) -> None:
     """Eqs. 3 and 4 for one decode step; probabilities `[B, G, S (+ 1)]`."""
+    aggregate_steps(store, probabilities[:, :, None], store.valid[:, :, None])
+
+
+def aggregate_steps(store: SlotStore, probabilities: Tensor, live: Tensor) -> None:
+    """Eqs. 3 and 4 for T decode steps at once: a running mean may take in several values together.
+
+    Args:
+        probabilities: `[B, G, T, S (+ 1)]`. live: bool, what a step's query could see.
+    """
     aas, cnt = store.state["aas"], store.state["cnt"]
-    keys_seen = store.valid.sum(-1, keepdim=True)
-    aas.mul_(cnt).addcmul_(probabilities, keys_seen / store.longest[:, None, None])
-    cnt.add_(1)
-    aas.div_(cnt)
+    weights = live.sum(-1, keepdim=True) / store.longest[:, None, None, None]
+    aas.mul_(cnt).add_((probabilities * weights).sum(2))
+    cnt.add_(live.sum(2))
+    aas.div_(cnt.clamp_min(1))
 
 
 def count_usage(store: SlotStore, probabilities: Tensor, local: Tensor, top_k: int | None) -> None:
@@ -38,19 +47,23 @@ def count_usage(store: SlotStore, probabilities: Tensor, local: Tensor, top_k: i
     Args:
         local: L of each row `[B]`, the default of `top_k`.
     """
-    live = store.valid[..., : store.slots].sum(-1).amin(-1)
-    count = (local if top_k is None else local.new_tensor(top_k)).minimum(live)
-    usage = store.state["usage"]
-    usage[..., : store.slots] += most_attended(store, probabilities[..., : store.slots], count)
+    count_usages(store, probabilities[:, :, None], store.valid[:, :, None], local, top_k)
 
 
-def most_attended(store: SlotStore, probabilities: Tensor, count: Tensor) -> Tensor:
-    """True at each row's `count` most attended live slots, `[B, G, S]`; on a tie the newer token wins."""
+def count_usages(store: SlotStore, probabilities: Tensor, live: Tensor, local: Tensor, top_k: int | None) -> None:
+    """`count_usage` for T decode steps at once; probabilities and live as in `aggregate_steps`."""
+    probabilities, live = probabilities[..., : store.slots], live[..., : store.slots]
+    count = (local if top_k is None else local.new_tensor(top_k))[..., None].minimum(live.sum(-1).amin(1))  # [B, T]
+    store.state["usage"][..., : store.slots] += most_attended(store, probabilities, live, count).sum(2)
+
+
+def most_attended(store: SlotStore, probabilities: Tensor, live: Tensor, count: Tensor) -> Tensor:
+    """True at each row's and step's `count` most attended live slots, `[B, G, T, S]`; on a tie the newer token wins."""
     # The bits of a float that is not negative are in its order. With the position behind them no two are the same, so
     # that one top-k settles ties, which a model's half precision makes common; a sort takes four times as long.
     key = probabilities.contiguous().view(torch.int32).to(torch.int64).mul_(1 << 32)
-    key.add_(store.positions[..., : store.slots]).masked_fill_(~store.valid[..., : store.slots], -1)
+    key.add_(store.positions[:, :, None, : store.slots]).masked_fill_(~live, -1)
     most = int(count.max())
-    wanted = torch.arange(most, device=count.device) < count[:, None, None]
+    wanted = torch.arange(most, device=count.device) < count[:, None, :, None]
     index = key.topk(most, -1).indices
     return torch.zeros_like(key, dtype=torch.bool).scatter_(-1, index, wanted.expand_as(index))

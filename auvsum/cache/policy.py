@@ -136,6 +136,31 @@ class SlotPolicy(Policy):
         """
 
 
+@dataclass(frozen=True)
+class Deferring(SlotPolicy):
+    """A policy that needs its books only where a row is full, so that those of several steps may be kept at once."""
+
+    @abc.abstractmethod
+    def observe_steps(self, store: SlotStore, probabilities: Tensor, live: Tensor) -> None:
+        """Updates the state after T decode steps between which nothing was evicted.
+
+        Args:
+            probabilities: fp32 `[B, G, T, S (+ 1)]`. live: bool, what a step's query could see.
+        """
+
+    @abc.abstractmethod
+    def advance(self, store: SlotStore) -> Tensor:
+        """Ends a step: the pointers go on. Returns the rows that are full, int64 `[N]`."""
+
+    @abc.abstractmethod
+    def evict(self, store: SlotStore, full: Tensor) -> None:
+        """Evicts in rows that are full, whose state is up to date."""
+
+    def observe(self, store: SlotStore, probabilities: Tensor) -> None:
+        self.observe_steps(store, probabilities[:, :, None], store.valid[:, :, None])
+        self.evict(store, self.advance(store))
+
+
 #: Position (int32) and validity (bool) of a slot, per KV head.
 _SLOT_BYTES = 4 + 1
 #: granted, capacity, pointer, seen (int64), longest (fp32), active (bool), and the store's row index (int64).

@@ -11,7 +11,7 @@ arithmetic), D head size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ from auvsum.cache.codec import Codec
 from auvsum.cache.rotary import Rotary
 
 _NO_POSITION = -1
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass
@@ -98,7 +102,9 @@ class SlotStore:
         self.values = self.codec.allocate(shape, head_dim, device)
         self.positions = torch.full(shape, _NO_POSITION, dtype=torch.int32, device=device)
         self.valid = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.state = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in state}
+        self._state = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in state}
+        #: Brings `state` up to date, where books are kept for several steps at once.
+        self.catch_up: Callable[[], None] = _nothing
         # Per row. `granted` is its budget in slots a layer, on average over the layers; `capacity` its own number of
         # slots here (<= S), `pointer` where its next token goes, `seen` how many tokens it has read, `longest` the
         # constant N_max of eq. 2.
@@ -118,6 +124,12 @@ class SlotStore:
         self._rows = torch.arange(batch, device=device)[:, None]
         self._heads = torch.arange(kv_heads, device=device)[None]
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The policy's values by name, fp32 `[B, G, S (+ 1)]`."""
+        self.catch_up()
+        return self._state
+
     def part(self, start: int, rows: int, layer: int) -> SlotStore:
         """A store over some of the rows, in the same memory: the layer's own when several share one."""
         part, chosen = copy.copy(self), slice(start, start + rows)
@@ -125,7 +137,7 @@ class SlotStore:
             if isinstance(value, Tensor):
                 setattr(part, name, value[chosen])
         part.keys, part.values = ([tensor[chosen] for tensor in memory] for memory in (self.keys, self.values))
-        part.state = {name: values[chosen] for name, values in self.state.items()}
+        part._state = {name: values[chosen] for name, values in self._state.items()}
         part.counts = [Counts(self.slots) for _ in range(rows)]
         part._rows, part._heads = self._rows[:rows], self._heads.clone()
         part.layer = layer
@@ -142,6 +154,7 @@ class SlotStore:
         """
         if capacity is not None and not 0 < capacity <= self.slots:
             raise ValueError(f"a row of {capacity} slots does not fit a store of {self.slots}")
+        self.catch_up()
         self.counts[row] = Counts(capacity or self.slots, epoch=self.epoch)
         if lazily:
             return
@@ -179,6 +192,7 @@ class SlotStore:
 
     def hold(self, row: int, key: Tensor, value: Tensor) -> Held:
         """What the row holds, ordered by position, followed by a chunk's keys and values `[G, T, D]`."""
+        self.catch_up()
         groups, chunk, _ = key.shape
         live = self.live(row)
         known = self.counts[row]
@@ -226,6 +240,7 @@ class SlotStore:
 
     def copy_rows(self, count: int) -> None:
         """The first `count` rows again as the `count` rows behind them."""
+        self.catch_up()
         tensors = [value for name, value in vars(self).items() if isinstance(value, Tensor) and name[0] != "_"]
         for tensor in (*tensors, *self.keys, *self.values, *self.state.values()):
             tensor[count : 2 * count] = tensor[:count]
@@ -234,6 +249,7 @@ class SlotStore:
 
     def turn(self, row: int, rotary: Rotary, position: int) -> None:
         """Turns a row's un-turned keys to the positions just before `position`, in their order."""
+        self.catch_up()
         live = self.live(row)
         order = self._by_position(row, live)
         places = torch.zeros_like(self.positions[row])
@@ -263,7 +279,7 @@ class SlotStore:
         where = at[..., None]
         self.positions.scatter_(2, where, self.seen[:, None, None].to(torch.int32).expand_as(where))
         self.valid.scatter_(2, where, True)
-        for values in self.state.values():
+        for values in self._state.values():  # not caught up: nothing that waits is about these slots
             values.scatter_(2, where, 0.0)
         self.seen += self.active
         self.decoded()

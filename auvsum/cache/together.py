@@ -5,10 +5,16 @@ every layer. Nothing of them is needed before the next token: a layer's attentio
 So the stores of like layers share one memory in which row `layer * B + b` is row `b` of a layer; `place` is asked once
 before the first layer, and behind the last one the probabilities of all layers are computed again, in one product, and
 observed once. Policies see a store with more rows and notice nothing. The attention itself is the library's fused one.
+
+After a pass over the weights nothing of this is in the processor's cache, neither the books nor the code that keeps
+them. A policy that needs its books at an eviction alone gets them for up to eight steps at once: their queries wait,
+and the keys they saw are still where they were.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from auvsum.cache.codec import Codec
-from auvsum.cache.policy import SlotPolicy
+from auvsum.cache.policy import Deferring, SlotPolicy
 from auvsum.cache.store import SlotStore
+
+#: Steps whose queries wait: each takes about as much memory as a token.
+_MOST_STEPS = 8
 
 
 class Books:
@@ -35,6 +44,12 @@ class Books:
         self._mask: tuple[Tensor | None, ...] = ()
         self._queries: list[Tensor] = []
         self._seen: list[Tensor] = []
+        #: Position of the token that arrived. The steps that wait: their queries, positions, and what else they need.
+        self._position = torch.empty(0)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._due: Callable[[], None] = self.catch_up
+        for store in (whole, *stores):
+            store.catch_up = self.catch_up
 
     @classmethod
     def shared(cls, layers: list[int], *, batch: int, **like: Any) -> Books:
@@ -59,6 +74,7 @@ class Books:
         """
         if number == 0:
             self._queries, self._seen = [], []
+            self._position = self.whole.seen.to(torch.int32)
             at = policy.place(self.whole)
             self.whole.enter(at)
             self._at = torch.split(at, at.shape[0] // len(self.stores))
@@ -90,17 +106,51 @@ class Books:
         if policy.looks:
             self._queries.append(query)
         if number == len(self.stores) - 1:
-            policy.observe(self.whole, self._recall(scale) if policy.looks else query.new_empty(0))
+            self._end_step(policy, scale)
             self._queries, self._at, self._mask = [], (), ()
         return out
 
-    def _recall(self, scale: float) -> Tensor:
-        """The probabilities of all layers: fp32 `[L * B, G, S (+ 1)]`."""
-        keys, _ = self.whole.read()
+    def _end_step(self, policy: SlotPolicy, scale: float) -> None:
+        """Behind the last layer: the policy observes, now or later."""
+        whole = self.whole
+        if not policy.looks:
+            policy.observe(whole, whole.longest.new_empty(0))
+            return
         queries = torch.cat(self._queries) if len(self._queries) > 1 else self._queries[0]
-        logits = (queries @ keys.transpose(-1, -2)).float().mul_(scale)
-        probabilities = logits.masked_fill_(~self.whole.valid[:, :, None], -torch.inf).softmax(-1)
-        return probabilities.mean(2) if probabilities.shape[2] > 1 else probabilities[:, :, 0]
+        if not isinstance(policy, Deferring):
+            policy.observe(whole, self._recall([queries], whole.valid[:, :, None], scale)[:, :, 0])
+            return
+        self._waiting.append((queries, self._position))
+        self._due = partial(self._observe_waiting, policy, scale)
+        full = policy.advance(whole)
+        if len(full) or len(self._waiting) == _MOST_STEPS:
+            self.catch_up()
+        policy.evict(whole, full)
+
+    def catch_up(self) -> None:
+        """The policy observes the steps that wait."""
+        if self._waiting:
+            self._due()
+
+    def _observe_waiting(self, policy: Deferring, scale: float) -> None:
+        queries, positions = zip(*self._waiting, strict=True)
+        self._waiting = []
+        # What came later than a step's own token it has not seen; the reconstructed slot has no position.
+        seen = self.whole.positions[:, :, None] <= torch.stack(positions, -1)[:, None, :, None]
+        live = seen.logical_and_(self.whole.valid[:, :, None])
+        policy.observe_steps(self.whole, self._recall(queries, live, scale), live)
+
+    def _recall(self, queries: Sequence[Tensor], live: Tensor, scale: float) -> Tensor:
+        """The probabilities of all layers in T steps: fp32 `[L * B, G, T, S (+ 1)]`.
+
+        Args:
+            queries: `[L * B, G, R, D]` for each step. live: bool `[L * B, G, T, S (+ 1)]`, what they saw.
+        """
+        keys, _ = self.whole.read()
+        rows, groups, heads, _ = queries[0].shape
+        logits = (torch.cat(list(queries), 2) @ keys.mT).float().mul_(scale).view(rows, groups, len(queries), heads, -1)
+        probabilities = logits.masked_fill_(~live[:, :, :, None], -torch.inf).softmax(-1)
+        return probabilities.mean(3) if heads > 1 else probabilities[:, :, :, 0]
 
     def observe(self, policy: SlotPolicy, probabilities: Tensor) -> None:
         """Takes a layer's probabilities `[B, G, S (+ 1)]`; with the last layer's the policy observes all of them."""

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from auvsum.text.windows import Count, sentence_spans
+from auvsum.text.windows import Count, sentence_spans, sentences
 
 #: Sentences that are ranked together: matrices grow with the square, and each part of a text keeps its share.
 BLOCK = 512
@@ -15,6 +15,8 @@ BLOCK = 512
 #: paper's.
 _ALIKE, _DAMPING = 0.1, 0.15
 _TURNS = 50
+#: Sentences of summaries that are ranked at most; of more, some.
+_MOST = 4096
 #: A sentence with fewer words says nothing by itself, one with more characters is none.
 _FEWEST_WORDS, _LONGEST = 5, 2000
 _WORD = re.compile(r"[^\W_]+")
@@ -47,12 +49,55 @@ def central_sentences(text: str, room: int, count: Count) -> str:
     return _joined(text, sorted(chosen))
 
 
+def best_sentences(parts: Sequence[str], room: int, count: Count, most: int | None = None) -> str:
+    """The central sentences of several summaries in their order, of at most `room` tokens and `most` in number.
+
+    Each summary has one before any has two. The one that says most is kept even where it is too long.
+    """
+    found: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for number, part in enumerate(parts):
+        for text in _whole(part):
+            if words := _words(text):
+                found.setdefault(text, (number, words))
+    some = list(found)[:: -(-len(found) // _MOST) or 1]
+    if not some:
+        return ""
+    ranks = dict(zip(some, lexrank([found[text][1] for text in some]), strict=True))
+    left = sorted(some, key=lambda text: -ranks[text])
+    tokens = dict(zip(left, count(left), strict=True))
+    chosen = [left.pop(0)]
+    served = {found[chosen[0]][0]}
+    room -= tokens[chosen[0]] + 1
+    while left and len(chosen) < (most or len(some)):
+        following = next((text for text in left if found[text][0] not in served and tokens[text] < room), None)
+        if following is not None:
+            left.remove(following)
+            chosen.append(following)
+            served.add(found[following][0])
+            room -= tokens[following] + 1
+        elif served:  # all that can have had their turn
+            served = set()
+        else:
+            break
+    return " ".join(text for text in some if text in chosen)
+
+
+def _whole(part: str) -> list[str]:
+    """The sentences of a summary; without the last one where that was cut off and is not the only one."""
+    found = [" ".join(text.split()) for text in sentences(part)]
+    return found[:-1] if len(found) > 1 and found[-1][-1].isalnum() else found
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(match[0].lower() for match in _WORD.finditer(text))
+
+
 def _blocks(text: str) -> Iterator[list[tuple[int, int, tuple[str, ...]]]]:
     """Start, end and words of the sentences that can stand by themselves, each wording once, block by block."""
     block: list[tuple[int, int, tuple[str, ...]]] = []
     known: set[int] = set()
     for start, end in sentence_spans(text):
-        words = tuple(match[0].lower() for match in _WORD.finditer(text, start, end))
+        words = _words(text[start:end])
         if len(words) < _FEWEST_WORDS or end - start > _LONGEST or hash(words) in known:
             continue
         known.add(hash(words))

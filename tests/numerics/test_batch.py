@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from auvsum.cache import together
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import make_policy
 from auvsum.engine import memory
@@ -138,3 +139,42 @@ def test_the_plain_path_says_so_once(opt: PreTrainedModel) -> None:
     engine = Engine(opt, make_policy("auv"))
     notices = [event.text for _ in range(2) for event in engine.run(requests(2)) if isinstance(event, Notice)]
     assert notices == ["the plain decode step runs: the device is cpu, not a GPU"]
+
+
+def decoded(model: PreTrainedModel, steps: int) -> list[dict[str, Any]]:
+    """What AUV holds after that many steps that nobody looked into, in every layer, row and head."""
+    cache = BudgetedCache(model.config, "auv", slots=31)
+    ids = torch.randint(3, 97, (2, 50 + steps), generator=torch.Generator().manual_seed(2))
+    model.set_attn_implementation("auvsum")
+    with torch.no_grad():
+        model(ids[:, :50], past_key_values=cache)
+        for at in range(50, 50 + steps):
+            positions = torch.full((2, 1), at)
+            model(ids[:, at : at + 1], position_ids=positions, past_key_values=cache)
+    places = [(layer.store, row, head) for layer in cache.layers for row in range(2) for head in range(layer.heads)]
+    return [store.snapshot(row, head) for store, row, head in places]
+
+
+@pytest.mark.parametrize("steps", [7, 10, 23])  # L is 10: before, at and behind an eviction
+@pytest.mark.parametrize("model", ["opt", "llama"], indirect=True)
+def test_books_of_several_steps_at_once_are_those_of_each(
+    model: PreTrainedModel, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together, "_MOST_STEPS", 1)
+    wanted = decoded(model, steps)
+    assert any(count > 0 for held in wanted for count in held["state"]["usage"])
+    for most in (3, 8):
+        monkeypatch.setattr(together, "_MOST_STEPS", most)
+        for found, want in zip(decoded(model, steps), wanted, strict=True):
+            assert found["positions"] == want["positions"]
+            assert found["state"]["usage"] == want["state"]["usage"]
+            for name in ("aas", "cnt"):
+                assert found["state"][name] == pytest.approx(want["state"][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["opt", "llama"], indirect=True)
+def test_rows_that_are_refilled_while_books_wait(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "_MOST_STEPS", 1)
+    wanted = written(model, "auv", 3, Sampling())
+    monkeypatch.setattr(together, "_MOST_STEPS", 8)
+    assert written(model, "auv", 3, Sampling()) == wanted

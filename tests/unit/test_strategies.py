@@ -10,6 +10,7 @@ import pytest
 from auvsum.errors import BudgetError, DocumentTooLong, PolicyError
 from auvsum.events import Event, PrefillProgress
 from auvsum.summarize import Summarizer
+from auvsum.text.readers import Document
 from tests import checkpoints
 
 #: About 60 tokens of the tiny tokenizers.
@@ -35,12 +36,30 @@ def test_auto_reads_long_documents_in_windows(folders: dict[str, str]) -> None:
     model = summarizer(folders["llama"])
     assert model.plan(SENTENCE).strategy == "single"
     plan = model.plan(LONG)
-    assert (plan.strategy, plan.cut_tokens) == ("map-reduce", 0)
+    assert (plan.strategy, plan.cut_tokens) == ("map-rank", 0)
     assert any("auto chose it" in warning for warning in plan.warnings)
 
 
+def test_auto_reads_what_fits_in_windows_where_the_model_is_small(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from auvsum import strategies
+
+    text = SENTENCE * 8
+    monkeypatch.setattr(strategies, "WINDOW", 100)
+    model = summarizer(folders["llama"], budget="auto")
+    plan = model.plan(text)
+    assert 300 < len(plan.prompt.ids) + 16 < 768
+    assert plan.strategy == "map-rank"
+    assert model.plan(SENTENCE * 2).strategy == "single"
+    for settings in ({"budget": "100"}, {"budget": "auto", "policy": "h2o"}, {"budget": "auto", "query": "what"}):
+        assert summarizer(folders["llama"], **settings).plan(text).strategy == "single"
+    monkeypatch.setattr(strategies, "_SMALL", 10)
+    assert model.plan(text).strategy == "single"
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("strategy", ["stream", "map-reduce"])
+@pytest.mark.parametrize("strategy", ["stream", "map-reduce", "map-rank"])
 def test_every_strategy_reads_all_of_a_long_document(family: str, strategy: str, folders: dict[str, str]) -> None:
     model = summarizer(folders[family], strategy=strategy)
     events: list[Event] = []
@@ -79,6 +98,46 @@ def test_the_summary_of_map_reduce_is_that_of_its_windows_summaries(folders: dic
     joined = rounds.join(windows, parts)
     assert joined.count("# Part") >= 2
     assert model.summarize(LONG).text == alone.summarize(joined).text
+
+
+def test_map_rank_keeps_sentences_of_its_windows_summaries(folders: dict[str, str]) -> None:
+    """By hand: cut, summarize each window by itself in few tokens, keep the best sentences."""
+    from auvsum import rounds
+    from auvsum.text.central import best_sentences
+
+    settings: dict[str, Any] = {"window": 500, "budget": "60%"}
+    model = summarizer(folders["llama"], strategy="map-rank", max_tokens=200, **settings)
+    plan = model.plan(LONG)
+    assert len(plan.windows) > 2
+    part = 2 * 200 // len(plan.windows)
+    assert part > rounds.PART_RANKED
+    alone = summarizer(folders["llama"], strategy="single", max_tokens=part, **settings)
+    parts = [alone.summarize(window.text).text for window in plan.windows]
+    count = rounds._counter(model.loaded.tokenizer)
+    heard: list[str] = []
+    summary = model.summarize(LONG, on_text=heard.append)
+    assert summary.text == "".join(heard) == best_sentences(parts, 200, count)
+    assert summary.record()["tokens"]["generated"] == sum(len(alone.summarize(w.text).token_ids) for w in plan.windows)
+    (alike,) = model.run([Document("a", LONG, "utf-8")], together=False)
+    assert alike.record()["summary"] == summary.text
+
+
+def test_the_best_sentences_are_central_whole_and_of_all_parts() -> None:
+    from auvsum.text.central import best_sentences
+
+    def count(pieces: Any) -> list[int]:
+        return [len(piece.split()) for piece in pieces]
+
+    first = "Prices rose in the north. Nobody knew of snow. Prices rose in the"
+    second = "Prices rose in the south too. Prices rose in the north."
+    third = "Wages and prices rose in the east. Wages rose in the"
+    chosen = best_sentences([first, second, third], 24, count)
+    assert chosen == "Prices rose in the north. Prices rose in the south too. Wages and prices rose in the east."
+    assert best_sentences([first, second, third], 100, count, most=1).count(".") == 1
+    assert best_sentences([first, second, third], 100, count).count("Prices rose in the north.") == 1
+    assert "Nobody knew" in best_sentences([first, second, third], 100, count)
+    assert best_sentences(["a summary that was cut off"], 3, count) == "a summary that was cut off"
+    assert best_sentences(["", "…"], 10, count) == ""
 
 
 def test_extract_summarizes_the_central_sentences(folders: dict[str, str]) -> None:
@@ -178,7 +237,6 @@ def test_windows_of_several_documents_are_written_together(folders: dict[str, st
     from auvsum.batch import Failure
     from auvsum.events import DocumentDone, DocumentStarted
     from auvsum.summarize import Summary
-    from auvsum.text.readers import Document
 
     texts = [LONG, SENTENCE * 2, LONG.replace("bridge", "tower"), "  ", LONG.replace("hall", "square")]
     documents = [Document(str(i), text, "utf-8", warnings=(f"note {i}",)) for i, text in enumerate(texts)]
@@ -205,7 +263,6 @@ def test_a_document_whose_window_fails_stops_no_other(folders: dict[str, str], m
     from auvsum.engine.generate import Engine
     from auvsum.errors import GenerationFailed
     from auvsum.summarize import Summary
-    from auvsum.text.readers import Document
 
     drawn = Engine._draw
 
@@ -252,7 +309,7 @@ def test_a_very_long_text_is_never_tokenized_whole(folders: dict[str, str], monk
     assert plan.budget.slots == whole.budget.slots
     # One that fits after all is read as it would have been.
     short = SENTENCE * 3
-    expected = model.summarize(short).text if model.plan(short).strategy == "map-reduce" else None
+    expected = model.summarize(short).text if model.plan(short).windows else None
     with monkeypatch.context() as patch:
         patch.setattr(strategies, "_CHARACTERS", 64)
         assert model.plan(short).strategy == "single"

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from auvsum.cache.aggregation import aggregate_chunk, aggregate_step, count_usage
-from auvsum.cache.policy import Policy, SlotPolicy, ascending, keep_recent_and_best, make_policy
+from auvsum.cache.aggregation import aggregate_chunk, aggregate_steps, count_usages
+from auvsum.cache.policy import Deferring, Policy, ascending, keep_recent_and_best, make_policy
 from auvsum.cache.store import Held, SlotStore
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention
 
 
 @dataclass(frozen=True)
-class AUV(SlotPolicy):
+class AUV(Deferring):
     """Slots `[0, 2L)` are the candidate region, `[2L, 3L)` the write region, which is also the local area (§3.4).
 
     Args:
@@ -96,12 +96,17 @@ class AUV(SlotPolicy):
     def place(self, store: SlotStore) -> Tensor:
         return store.pointer[:, None].expand(store.positions.shape[:2])
 
-    def observe(self, store: SlotStore, probabilities: Tensor) -> None:
-        """Eqs. 3 and 4, the usage count, and at 3L the multi-step eviction."""
-        aggregate_step(store, probabilities)
-        count_usage(store, probabilities, store.capacity // 3, self.top_k)
+    def observe_steps(self, store: SlotStore, probabilities: Tensor, live: Tensor) -> None:
+        """Eqs. 3 and 4, and the usage count."""
+        aggregate_steps(store, probabilities, live)
+        count_usages(store, probabilities, live, store.capacity // 3, self.top_k)
+
+    def advance(self, store: SlotStore) -> Tensor:
         store.pointer += store.active
-        full = (store.pointer == store.capacity).nonzero()[:, 0]
+        return (store.pointer == store.capacity).nonzero()[:, 0]
+
+    def evict(self, store: SlotStore, full: Tensor) -> None:
+        """The multi-step eviction, at 3L."""
         if len(full):
             capacities = store.capacity[full]
             for capacity in sorted(set(capacities.tolist())):
