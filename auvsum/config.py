@@ -24,7 +24,7 @@ TEMPLATE_NAMES = ("auto", "chat", "completion")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "budget_scope": ("bytes", "paper"),
     "kv_bits": ("auto", "16", "8", "4"),
-    "strategy": ("auto", "single", "stream", "map-reduce"),
+    "strategy": ("auto", "single", "stream", "map-reduce", "extract"),
     "style": (None, "paragraph", "bullets"),
     "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
     "weights": ("auto", "bf16", "int8"),
@@ -44,7 +44,8 @@ class Settings:
         kv_bits: of a stored key or value, or `auto`: the most with which a policy that chooses by head holds
             everything, else 4; 16 with the other policies, as their papers have it.
         chunk: tokens read at a time by the `stream` strategy.
-        window: tokens of a window of `map-reduce`; `None` takes what measured best and fits the positions.
+        window: tokens of a window of `map-reduce`, or of what `extract` reads; `None` takes what measured best and
+            fits the positions.
         weights: `bf16` leaves them as `dtype` says, `int8` halves them (on a CPU), `auto` decides.
         query: a question to answer instead of a summary. style: the summary's shape. cite: give sources.
         max_tokens: the most new tokens; `None` lets the requested length decide.

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from auvsum.errors import DocumentTooLong, GenerationFailed
 from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, PrefillProgress
+from auvsum.text.central import central_sentences
 from auvsum.text.passages import best_passages
 from auvsum.text.prompts import Prompt
-from auvsum.text.windows import Window, cut
+from auvsum.text.windows import Count, Window, cut
 
 if TYPE_CHECKING:
     from auvsum.config import Settings
@@ -68,10 +69,23 @@ def mapping(prompt: Prompt, settings: Settings, loaded: LoadedModel, max_new_tok
 def cut_windows(text: str, room: int, tokenizer: Any) -> list[Window]:
     """The windows of a text."""
 
+    return cut(text, room, _counter(tokenizer))
+
+
+def sentences_to_read(text: str, room: int, tokenizer: Any) -> list[Window]:
+    """One window of the central sentences; none where there are no sentences."""
+    count = _counter(tokenizer)
+    found = central_sentences(text, room, count)
+    return [Window(found, 0, len(found), "", count([found])[0])] if found else []
+
+
+def _counter(tokenizer: Any) -> Count:
+    """How many tokens each of some strings has."""
+
     def count(pieces: Sequence[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(list(pieces), add_special_tokens=False, verbose=False)["input_ids"]]
 
-    return cut(text, room, count)
+    return count
 
 
 def passages_to_read(text: str, room: int, query: str, tokenizer: Any) -> list[Window]:
@@ -118,7 +132,7 @@ class Rounds:
         self._windows = list(plan.windows)
         self._parts: dict[int, str] = {}
         self._round = 0
-        if plan.strategy == "map-reduce":
+        if plan.windows:
             settings = summarizer.settings
             self._how = mapping(plan.prompt, settings, summarizer.loaded, plan.max_new_tokens)
             shorter = replace(
@@ -147,7 +161,7 @@ class Rounds:
                 plan = self._mapper.plan(window.text, free=self._free)
                 yield Piece(number, plan, self._mapper.request(plan))
             return
-        if self.plan.strategy == "map-reduce":  # its last round: what is left is one prompt
+        if self.plan.windows:  # the last round: what is left is one prompt
             final = self._summarizer.with_settings(replace(self._summarizer.settings, strategy="single"))
             plan = final.plan(self._windows[0].text, free=self._free)
             writing = Writing(final, plan, self._id, self._source)
@@ -206,7 +220,7 @@ class Rounds:
     def _complete(self, summary: Summary, rows: int) -> None:
         cost = self._cost
         summary.batch_size = max(rows, cost.rows)
-        if self.plan.strategy == "map-reduce":
+        if self.plan.windows:
             summary.plan, summary.settings = self.plan, self._summarizer.settings
             summary.warnings[:0] = [warning for warning in self.plan.warnings if warning not in summary.warnings]
             summary.prefill_seconds += cost.prefill

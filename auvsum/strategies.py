@@ -5,11 +5,13 @@ stream       in chunks over the budgeted cache; past the positions, positions co
              models), or windows restart after the prompt's head (learned positions). An approximation: said so
 map-reduce   windows at paragraphs and sentences, summarized together in one batch, their summaries summarized
              (`rounds.py`)
+extract      the sentences of all parts that are most like the others (`text/central.py`), as many as a window holds
 auto         single where the document fits, else what the measurements in docs/LOG.md prefer
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from auvsum.budget import ResolvedBudget
@@ -22,6 +24,7 @@ from auvsum.text.prompts import Prompt
 if TYPE_CHECKING:
     from auvsum.config import Settings
     from auvsum.engine.models import LoadedModel
+    from auvsum.text.windows import Window
 
 #: What `auto` does with a document past the positions.
 BEYOND = "map-reduce"
@@ -38,7 +41,7 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
     """
     asked, limit = settings.strategy, loaded.max_positions
     over = limit is not None and len(prompt.ids) + max_new_tokens > limit
-    if not over or asked == "map-reduce":
+    if not over or asked in ("map-reduce", "extract"):
         return "single" if asked == "auto" else asked
     if settings.truncate and asked != "stream":
         return "single"
@@ -52,21 +55,25 @@ def choose(prompt: Prompt, max_new_tokens: int, settings: Settings, loaded: Load
 
 
 def surely_over(text: str, settings: Settings, loaded: LoadedModel) -> bool:
-    """Whether a text is so long that it will be read in windows, without counting its tokens: they are never all held.
+    """Whether a text is so long that it will not be read at once, without counting its tokens: they are never all held.
 
     A text that is mostly blanks may be judged wrongly; it is then one window, and read as it would have been.
     """
     limit = loaded.max_positions
-    beyond = settings.strategy == "map-reduce" or (settings.strategy == "auto" and BEYOND == "map-reduce")
-    return limit is not None and beyond and not settings.truncate and len(text) > _CHARACTERS * limit
+    pieces = settings.strategy in ("auto", "map-reduce", "extract") and not settings.truncate
+    return limit is not None and pieces and len(text) > _CHARACTERS * limit
 
 
-def explain(tokens: int, loaded: LoadedModel, settings: Settings, number: int, passages: bool) -> list[str]:
-    """What people should know about map-reduce: `tokens` in `number` windows, or a question and its passages."""
+def explain(tokens: int, loaded: LoadedModel, settings: Settings, windows: Sequence[Window], chosen: bool) -> list[str]:
+    """What people should know about a text of `tokens` that is read in windows, or in the part that was `chosen`."""
     positions = f"{loaded.name} has {loaded.max_positions or 0:,} positions"
-    if passages:
-        return [f"the question is asked of the passages that share its words, of {tokens:,} tokens in all: {positions}"]
     auto = "auto chose it" if settings.strategy == "auto" else "as asked"
+    number = len(windows)
+    if chosen and settings.query:
+        return [f"the question is asked of the passages that share its words, of {tokens:,} tokens in all: {positions}"]
+    if chosen:
+        read = sum(window.tokens for window in windows)
+        return [f"extract ({auto}): the model reads the {read:,} tokens of the central sentences, of {tokens:,} in all"]
     if number > 1:
         return [
             f"map-reduce ({auto}): {tokens:,} tokens in {number} windows, whose summaries are summarized; {positions}"

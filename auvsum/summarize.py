@@ -42,10 +42,10 @@ class Plan:
 
     Attributes:
         document_tokens: of the whole document, before any truncation. cut_tokens: how many of them are not read.
-        strategy: `single`, `stream` or `map-reduce` (`strategies.py`, `rounds.py`), whose budget is a window's.
+        strategy: `single`, `stream`, `map-reduce` or `extract` (`strategies.py`, `rounds.py`); a budget is a window's.
         policy: the policy that runs; `full` when the budget is `auto` and the full cache fits.
         parts: how the prompt is read when not at the positions of its tokens.
-        windows: of map-reduce. The prompt of a very long document is only the frame around it.
+        windows: of map-reduce, or the one that `extract` makes. The prompt of a very long document is only the frame.
         bits: of a stored key or value.
     """
 
@@ -242,7 +242,7 @@ class Summarizer:
         document_tokens = prompt.document[1] - prompt.document[0]
         max_new_tokens = settings.max_tokens or prompt.max_new_tokens
         if very_long:
-            strategy = "map-reduce"
+            strategy = strategies.BEYOND if settings.strategy == "auto" else settings.strategy
         else:
             strategy = strategies.choose(prompt, max_new_tokens, settings, self.loaded, self.policy)
         if strategy == "stream":
@@ -269,18 +269,18 @@ class Summarizer:
         parts: tuple[Part, ...] = ()
         windows: list[Window] = []
         document_tokens = prompt.document[1] - prompt.document[0]
-        if strategy == "map-reduce":
+        if strategy != "stream":
             how = rounds.mapping(prompt, settings, loaded, max_new_tokens)
             windows = rounds.cut_windows(text, how.room, loaded.tokenizer)
             document_tokens = max(document_tokens, sum(window.tokens for window in windows))
-            passages: list[Window] = []
+            chosen: list[Window] = []
             if settings.query and len(windows) > 1:
-                passages = rounds.passages_to_read(text, how.room, settings.query, loaded.tokenizer)
+                chosen = rounds.passages_to_read(text, how.room, settings.query, loaded.tokenizer)
+            elif strategy == "extract" and len(windows) > 1:
+                chosen = rounds.sentences_to_read(text, how.room, loaded.tokenizer)
             frame = prompt.frame_tokens
-            warnings = strategies.explain(
-                document_tokens + frame, loaded, settings, len(windows), passages=bool(passages)
-            )
-            windows = passages or windows
+            windows = chosen or windows
+            warnings = strategies.explain(document_tokens + frame, loaded, settings, windows, chosen=bool(chosen))
             tokens = min(document_tokens, how.room) + frame
             policy, budget, bits = self._budget(tokens, max_new_tokens, free, self.second_look or self.policy)
         elif over:

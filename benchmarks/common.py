@@ -110,6 +110,12 @@ def peak_rss(pid: int | str = "self") -> int:
     return int(field.split()[0]) * 1024 if field else 0
 
 
+def own_memory(pid: int | str = "self") -> int:
+    """Physical memory of a process now without what is mapped from files, in bytes; 0 where there is no /proc."""
+    field = _proc_field(f"/proc/{pid}/status", "RssAnon")
+    return int(field.split()[0]) * 1024 if field else 0
+
+
 def _proc_field(path: str, key: str) -> str | None:
     """The value of the first `key : value` line of a file of /proc."""
     try:

@@ -6,7 +6,8 @@
     python benchmarks/eval_strategies.py score    --data-dir DIR --out runs.jsonl --json benchmarks/results/long.json
     python benchmarks/long_page.py                          # docs/LONG.md from all committed results about length
 
-A case is strategy:policy:budget, then key=value for other settings (window, chunk; part: tokens of a window's summary).
+A case is strategy:policy:budget, then key=value for other settings (window, chunk; part: tokens of a window's summary;
+block: sentences that `extract` ranks together).
 `single` is measured on the documents that fit the model's positions, the others on all of them. Fidelity is what a
 strategy makes of the text that `single` with the full cache wrote: teacher-forced agreement, and nats a token lost.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--batch-size", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins after so many seconds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="the rest is for the next run")
     parser.add_argument("--title", default="", help="of the table: where the summaries were written")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
@@ -83,15 +85,15 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, int | None]:
-    """The settings of a case, and the tokens of a window's summary where it names them."""
+def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, dict[str, int]]:
+    """The settings of a case, and what it asks for that is no setting: `part`, `block`."""
     from auvsum.config import Settings
 
     strategy, policy, budget, *options = case.split(":")
     values: dict[str, Any] = {key: int(value) for key, value in (option.split("=") for option in options)}
-    part = values.pop("part", None)
+    others = {key: values.pop(key) for key in ("part", "block") if key in values}
     base = {"model": given.model, "batch_size": given.batch_size, "device": given.device}
-    return Settings(**base, strategy=strategy, policy=policy, budget=budget, **values), part
+    return Settings(**base, strategy=strategy, policy=policy, budget=budget, **values), others
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
@@ -100,16 +102,18 @@ def settings_of(case: str, given: argparse.Namespace) -> tuple[Any, int | None]:
 def generate(given: argparse.Namespace) -> None:
     """Summaries of all documents by all cases, as a user's `Summarizer.run` writes them."""
     from auvsum import Summarizer, rounds
+    from auvsum.text import central
     from auvsum.text.readers import Document
 
-    begun = time.perf_counter()
+    begun, defaults = time.perf_counter(), (rounds.PART, central.BLOCK)
     summarizer = Summarizer.from_settings(settings_of(given.cases[0], given)[0])
     found = list(documents(given))
+    random.Random(0).shuffle(found)  # so that what a limit of time leaves is a fair sample
     done = {(row["case"], row["set"], row["id"]) for row in rows_of(given.out) if "summary" in row}
     tokenizer = summarizer.loaded.tokenizer
     sizes = {example.id: len(tokenizer(example.document, verbose=False)["input_ids"]) for _, example in found}
     for case in given.cases:
-        settings, part = settings_of(case, given)
+        settings, others = settings_of(case, given)
         fits = (summarizer.loaded.max_positions or sys.maxsize) - 300 if settings.strategy == "single" else sys.maxsize
         todo = [
             (name, example)
@@ -118,23 +122,27 @@ def generate(given: argparse.Namespace) -> None:
         ]
         if not todo or time.perf_counter() - begun > given.seconds:
             continue
-        rounds.PART = part or rounds.PART
+        rounds.PART, central.BLOCK = others.get("part", defaults[0]), others.get("block", defaults[1])
         start = time.perf_counter()
-        texts = [Document(f"{name}/{example.id}", example.document, "utf-8") for name, example in todo]
-        with last_prompts() as prompts:
-            results = summarizer.with_settings(settings).run(texts)
-            for (name, _), result in zip(todo, results, strict=True):
-                append(given.out, [_row(case, name, result, prompts)])
+        texts = (Document(f"{name}/{example.id}", example.document, "utf-8") for name, example in todo)
+        written = 0
+        with noted_rounds() as noted:
+            for result in summarizer.with_settings(settings).run(texts, ordered=False):
+                append(given.out, [_row(case, result, noted)])
+                written += 1
+                if time.perf_counter() - begun > given.seconds:
+                    break
         seconds = time.perf_counter() - start
-        append(given.out, (_row(case, name, result, prompts) for (name, _), result in zip(todo, results, strict=True)))
-        print(f"{case}: {len(todo)} documents in {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"{case}: {written} of {len(todo)} documents in {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def _row(case: str, name: str, result: Any, prompts: dict[str, list[int]]) -> dict[str, Any]:
+def _row(case: str, result: Any, noted: dict[str, dict[str, Any]]) -> dict[str, Any]:
     record = result.record()
-    row = {"case": case, "set": name, "id": result.source.partition("/")[2], "summary": record["summary"]}
+    name, _, id = result.source.partition("/")
+    row = {"case": case, "set": name, "id": id, "summary": record["summary"]}
     if record["error"]:
         return {**row, "summary": "", "error": record["error"]["message"]}
+    last = noted.get(result.source, {})
     return {
         **row,
         "strategy": record["strategy"],
@@ -142,31 +150,37 @@ def _row(case: str, name: str, result: Any, prompts: dict[str, list[int]]) -> di
         "slots": record["budget"]["slots"],
         "kv_bytes": record["kv"]["peak_bytes"],
         "token_ids": list(result.token_ids) if case == FULL else None,
-        "prompt": prompts.get(result.source) if record["tokens"]["document"] < 8192 else None,
+        "prompt": last.get("prompt") if record["tokens"]["document"] < 8192 else None,
+        "parts": last.get("parts"),
     }
 
 
-class last_prompts:
-    """While it is entered, notes the last prompt that each document of map-reduce came down to."""
+class noted_rounds:
+    """While it is entered, notes of each document of map-reduce its last prompt, and its windows' summaries."""
 
-    def __enter__(self) -> dict[str, list[int]]:
+    def __enter__(self) -> dict[str, dict[str, Any]]:
         from auvsum.rounds import Rounds
 
-        self._pieces, noted = Rounds.pieces, {}
+        self._pieces, self._reduce = Rounds.pieces, Rounds._reduce
+        noted: dict[str, dict[str, Any]] = {}
 
         def pieces(rounds: Any) -> Iterator[Any]:
             for piece in self._pieces(rounds):
-                if piece.writing is not None and rounds.plan.strategy == "map-reduce":
-                    noted[rounds._source] = list(piece.request.ids)
+                if piece.writing is not None and rounds.plan.windows:
+                    noted.setdefault(rounds._source, {})["prompt"] = list(piece.request.ids)
                 yield piece
 
-        Rounds.pieces = pieces  # type: ignore[method-assign]
+        def reduce(rounds: Any) -> None:
+            noted.setdefault(rounds._source, {}).setdefault("parts", [rounds._parts[i] for i in sorted(rounds._parts)])
+            self._reduce(rounds)
+
+        Rounds.pieces, Rounds._reduce = pieces, reduce  # type: ignore[method-assign]
         return noted
 
     def __exit__(self, *error: object) -> None:
         from auvsum.rounds import Rounds
 
-        Rounds.pieces = self._pieces  # type: ignore[method-assign]
+        Rounds.pieces, Rounds._reduce = self._pieces, self._reduce  # type: ignore[method-assign]
 
 
 # -- fidelity ---------------------------------------------------------------------------------------------------------
@@ -176,6 +190,7 @@ def fidelity(given: argparse.Namespace) -> None:
     """Agreement and nats of each case along the full cache's own summaries, for the documents that have one."""
     from auvsum import Summarizer
     from auvsum.engine.generate import Request
+    from auvsum.engine.memory import MOST_ROWS
     from auvsum.text.prompts import Prompt
 
     begun = time.perf_counter()
@@ -193,7 +208,7 @@ def fidelity(given: argparse.Namespace) -> None:
             if case != FULL and ((case, key[0], key[1]) in done or time.perf_counter() - begun > given.seconds):
                 continue
             plan = mine.plan(texts[key])
-            if plan.strategy == "map-reduce":
+            if plan.windows:
                 last = prompts.get((case, key[0], key[1]))
                 if last is None:
                     continue
@@ -206,8 +221,8 @@ def fidelity(given: argparse.Namespace) -> None:
             keys.append(key)
             plans.append(plan)
             requests.append(Request(plan.prompt.ids, plan.budget.slots, len(ids), plan.parts, None, None))
-        for at in range(0, len(keys), 16):
-            some = slice(at, at + 16)
+        for at in range(0, len(keys), MOST_ROWS["cuda"]):
+            some = slice(at, at + MOST_ROWS["cuda"])
             forced = _forced(mine, plans[at], requests[some], [written[key] for key in keys[some]])
             for key, (best, chances) in zip(keys[some], forced, strict=True):
                 if case == FULL:

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from auvsum.engine.models import load
+from auvsum.eval.calibrate import LEFT_OUT, Calibration, Lesson
 from auvsum.eval.config import EvalConfig
 from auvsum.eval.datasets import load_examples
 from auvsum.eval.runner import Runner
@@ -47,6 +48,8 @@ SETS = {
 }
 BUDGETS = (0.10, 0.04, 0.02)
 ELEMENT = 2
+#: Written tokens that are there in any case.
+_WRITE = 4
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Document:
     value: Tensor
     #: Scores of the prompt's tokens, `[L, G, n]`.
     scores: dict[str, Tensor] = field(default_factory=dict)
+    #: Root mean squares of what later tokens of the summary pay to each of its tokens, `[L, G, T - 1]`.
+    own: Tensor | None = None
     #: Nats of the summary's tokens with the full cache, fp32 `[T]`.
     nats: Tensor | None = None
 
@@ -99,6 +104,10 @@ class Setting:
     keep: Tensor | None
     residual: tuple[Tensor, Tensor, Tensor] | None = None
     pair: tuple[Tensor, Tensor] | None = None
+    #: Which written tokens stay once they are older than `_WRITE`, `[L, G, T]`, as `keep`; None for all.
+    own: Tensor | None = None
+    #: Written tokens are in few bits as soon as they are written.
+    coarse: Coding | None = None
 
 
 class Probe:
@@ -178,6 +187,7 @@ class Probe:
         """
         totals: dict[str, list[Tensor]] = defaultdict(lambda: [0] * self.layers)  # type: ignore[list-item]
         count = sum(map(len, chunks))
+        own: dict[int, Tensor] = {}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             probabilities, values = self._full(document, layer, query, key, value, scaling)
@@ -185,6 +195,10 @@ class Probe:
             mixed = out.reshape(1, self.heads, query.shape[2], -1).to(query.dtype)
             a = probabilities[..., : document.key.shape[2]]
             totals[name + "^2"][layer] += a.square().mean(1).sum(1) / count
+            if name == "written":
+                paid = probabilities[..., document.key.shape[2] :].square().mean(1).tril(-_WRITE)  # [G, T, T]
+                queries = torch.arange(paid.shape[-1], 0, -1, device=paid.device).sub(_WRITE).clamp_min(1)
+                own[layer] = (paid.sum(1) / queries).sqrt()
             if not self.thorough:
                 return mixed
             held = document.value[layer].float()
@@ -207,6 +221,8 @@ class Probe:
         self.attend = attend
         for chunk in chunks:
             self.call(torch.tensor([chunk], device=self.device), len(document.ids))
+        if own:
+            document.own = torch.stack(list(own.values()))
         for key, rows in totals.items():
             stack = torch.stack(rows)
             document.scores[key] = stack.sqrt() if key.endswith("^2") else stack
@@ -238,6 +254,10 @@ class Probe:
         rest = None
         if any(s.residual is not None for s in settings):
             rest = padded([s.residual for s in settings], document.key)
+        own_keep = None
+        if settings[0].own is not None:
+            own_keep = torch.stack([s.own for s in settings], 1)  # type: ignore[misc]
+        coarse = settings[0].coarse
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             tokens = query.shape[2]
@@ -251,9 +271,16 @@ class Probe:
                 parts.append(
                     (grouped @ rest[0][layer].transpose(-1, -2)).float() * scaling + rest[2][layer][:, :, None]
                 )
+            if coarse is not None:
+                key, value = (coded(x, bits, coarse, False) for x, bits in ((key, coarse.keys), (value, coarse.values)))
             own = (grouped @ key.transpose(-1, -2)).float().mul_(scaling)
-            later = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device).triu_(1)
-            own.view(rows, self.groups, -1, tokens, tokens).masked_fill_(later, -torch.inf)
+            own = own.view(rows, self.groups, -1, tokens, tokens)
+            ones = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device)
+            if own_keep is not None and own_keep.dtype == torch.bool:
+                own.masked_fill_(~own_keep[layer][:, :, None, None] & ones.tril(-_WRITE), -torch.inf)
+            elif own_keep is not None:
+                own = own + own_keep[layer][:, :, None, None] * ones.tril(-_WRITE)
+            own = own.masked_fill(ones.triu(1), -torch.inf).view(rows, self.groups, -1, tokens)
             probabilities = torch.cat([*parts, own], -1).softmax(-1).to(value.dtype)
             out = probabilities[..., :n] @ values[layer] + probabilities[..., -tokens:] @ value
             if rest is not None:
@@ -363,7 +390,7 @@ def coded(x: Tensor, bits: float, coding: Coding, center: bool) -> Tensor:
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 
-def slots(document: Document, share: float, coding: Coding, *, write: int | None = None, extra: float = 0) -> float:
+def slots(document: Document, share: float, coding: Coding, *, write: float | None = None, extra: float = 0) -> float:
     """Slots a head for a share of the bytes, `extra` of which are spent otherwise. `write`: None for today's rule."""
     size, n = document.key.shape[-1], len(document.ids)
     full, slot = 2 * size * ELEMENT, coding.slot_bytes(document.key.shape[-1])
@@ -506,6 +533,7 @@ class Book:
                 key: {
                     **dict(zip(("nats_lost", "after_the_draft"), self._mean(name, key), strict=True)),
                     "documents": len(pairs),
+                    "each": [round(pair[0], 4) for pair in pairs],
                 }
                 for key, pairs in rows.items()
             }
@@ -624,8 +652,80 @@ class Explorer:
         for _, document in self.all():
             self.probe.look(document, chunks(pieces(document, 0.25, 128), 320), "look")
             self.probe.look(document, [document.summary[:32]], "draft32")
+            self.probe.look(document, [document.summary[:-1]], "written")
             s = document.scores
             s["mix"] = blend(blend(s["look^2"], s["draft32^2"], 0.4), s["instruction^2"], 0.1)
+
+    def blends(self) -> None:
+        """What would other weights, longer drafts and more reading give? Written tokens cost nothing here."""
+        coding = Coding()
+        for name, document in self.all():
+            s = document.scores
+            if "half^2" not in s:
+                self.probe.look(document, chunks(pieces(document, 0.5, 128), 320), "half")
+                self.probe.look(document, [document.summary[:16]], "draft16")
+                self.probe.look(document, [document.summary[:48]], "draft48")
+            found = {"oracle": s["written^2"]}
+            for look, draft, weight in (
+                *(("look", "draft32", w) for w in (0.2, 0.3, 0.4, 0.6)), ("half", "draft32", 0.4),
+                ("look", "draft16", 0.4), ("look", "draft48", 0.4), ("look", "draft48", 0.6),
+            ):  # fmt: skip
+                both = blend(s[look + "^2"], s[draft + "^2"], weight)
+                found[f"{look} {draft} {weight}"] = blend(both, s["instruction^2"], 0.1)
+            pair = self.pair(document, coding)
+            settings = [
+                Setting(f"{share:4.0%} | {title}", choose(ranking, slots(document, share, coding)), None, pair)
+                for share in BUDGETS
+                for title, ranking in found.items()
+            ]
+            self.judge(name, document, settings)
+
+    def written(self) -> None:
+        """Written tokens that compete for slots: in the layer's room, or over all layers; the write region in 4 bits;
+        the first token exact. The choice among them is made once, by what all of the summary pays to them."""
+        for name, document in self.all():
+            score, own = self.mixed(document)
+            for title, coding, write, coarse in (
+                ("", Coding(), None, False),
+                ("write region in 4 bits", Coding(), 0.0, True),
+                ("first token exact", Coding(sink=True), None, False),
+                ("both", Coding(sink=True), 0.0, True),
+            ):
+                pair, settings = self.pair(document, coding), []
+                for share in BUDGETS:
+                    number = slots(document, share, coding, write=write)
+                    if coarse:
+                        number -= _WRITE
+                    free = choose(score, number)
+                    parts = {
+                        "free": (free, None),
+                        "by layer": self.by_layer(score, own, free),
+                        "over all layers": both(score, own, number),
+                    }
+                    settings += [
+                        Setting(f"{share:4.0%} | {label}, {title}", keep,
+                                None, pair, torch.ones_like(own, dtype=torch.bool) if kept is None else kept,
+                                coding if coarse else None)
+                        for label, (keep, kept) in parts.items()
+                    ]  # fmt: skip
+                self.judge(name, document, settings)
+
+    def mixed(self, document: Document, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scores of the prompt's tokens and of written ones, on one scale (that of the draft)."""
+        assert document.own is not None
+        score, own = document.scores["mix"], document.own / document.scores["draft32^2"].sum()
+        if factors is None:
+            return score, own
+        return score * factors[:, :, :1].exp(), own * factors[:, :, 1:].exp()
+
+    def by_layer(self, score: Tensor, own: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+        """Each layer has the room that its prompt tokens won."""
+        keep, kept = torch.zeros_like(free), torch.zeros_like(own, dtype=torch.bool)
+        for layer in range(score.shape[0]):
+            room = float(free[layer].sum()) / score.shape[1]
+            one = both(score[layer : layer + 1], own[layer : layer + 1], room)
+            keep[layer], kept[layer] = one[0][0], one[1][0]
+        return keep, kept
 
     def scores(self) -> None:
         coding = Coding(4, 4, "gauss", "kv", state=4)
@@ -706,72 +806,46 @@ class Explorer:
     # -- a profile, fitted --
 
     def fit(self, epochs: int, out: Path | None) -> None:
-        """Each head's factors on its scores by gradient descent through soft gates; seen on documents left out."""
-        probe, coding = self.probe, Coding()
-        for p in probe.model.parameters():
-            p.requires_grad_(False)
-        train = [d for rows in self.sets.values() for i, d in enumerate(rows) if i % 3]
-        variants = {"one factor a head": (["mix"], True)}
-        fitted = {}
-        for title, (names, by_head) in variants.items():
-            shape = (probe.layers, probe.groups, len(names)) if by_head else (1, 1, len(names))
-            factors = torch.zeros(shape, device=probe.device, requires_grad=True)
-            optimizer = torch.optim.Adam([factors], lr=0.08)
-            steps, order = epochs * len(train), torch.Generator().manual_seed(0)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-            step = 0
-            for _ in range(epochs):
-                for at in torch.randperm(len(train), generator=order).tolist():
-                    document = train[at]
-                    warmth = 0.7 * (1 - step / steps) + 0.15
-                    z = self.combined(document, names, factors)
-                    settings = [Setting("", gates(z, slots(document, share, coding), warmth)) for share in (0.06, 0.02)]
-                    loss = (probe.judge(document, settings) - document.nats)[:, : document.scored].mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    step += 1
-                    if out:
-                        torch.save(factors.detach(), out / "factors.pt")
-                        print(step, len(document.ids), round(float(loss), 3), flush=True)
-            fitted[title] = factors.detach()
+        """Each head's factors, as `auvsum calibrate` learns them; seen on documents left out."""
+        probe = self.probe
+        documents = [document for _, document in self.all()]
+        lessons = []
+        for document in documents:
+            read, written = self.mixed(document)
+            end = document.scored
+            lessons.append(Lesson(document.ids, document.summary[: end + 1], document.key, document.value, read,
+                                  written[..., :end], document.nats[:end]))  # fmt: skip
+        calibration = Calibration(probe.loaded, lambda line: print(line, flush=True))
+        found = calibration.run(lessons, epochs)
+        print(f"{found.left_out} of {found.documents} left out: {found.before:.3f} -> {found.after:.3f}", flush=True)
+        if out:
+            (out / "profile.json").write_text(found.profile.to_json())
+        factors = found.profile.factors().log().to(probe.device)
+        at = 0
         for name, rows in self.sets.items():
-            for i, document in enumerate(rows):
-                pair = self.pair(document, coding)
-                settings = []
-                for title, (names, _) in variants.items():
-                    for label, factors in (("fitted", fitted[title]), ("before", torch.zeros_like(fitted[title]))):
-                        z = self.combined(document, names, factors)
-                        settings += [
-                            Setting(f"{share:4.0%} | {'unseen' if i % 3 == 0 else 'seen'} {label}: {title}",
-                                    choose(z, slots(document, share, coding)), None, pair)
-                            for share in BUDGETS
-                        ]  # fmt: skip
+            for document in rows:
+                pair, settings = self.pair(document, Coding()), []
+                everything = torch.ones_like(document.own, dtype=torch.bool)
+                seen = "seen" if at % LEFT_OUT else "unseen"
+                at += 1
+                for title, chosen in (("fitted", factors), ("none", torch.zeros_like(factors))):
+                    score, own = self.mixed(document, chosen)
+                    for share in BUDGETS:
+                        number = slots(document, share, Coding())
+                        free = choose(score, number)
+                        for label, (keep, kept) in {
+                            "free": (free, everything),
+                            "by layer": self.by_layer(score, own, free),
+                            "over all layers": both(score, own, number),
+                        }.items():
+                            settings.append(Setting(f"{share:4.0%} {seen} {label} | {title}", keep, None, pair, kept))
                 self.judge(name, document, settings)
 
-    def combined(self, document: Document, names: list[str], factors: Tensor) -> Tensor:
-        """Log of the weighted sum of scores, each of mean 1: `[L, G, n]`."""
-        parts = torch.stack([document.scores[name] / document.scores[name].mean() for name in names], -1)
-        return ((parts.clamp_min(1e-9)).log() + factors[:, :, None]).logsumexp(-1)
 
-
-def gates(z: Tensor, number: float, warmth: float) -> Tensor:
-    """Logarithms of soft gates that add up to the budget; the threshold moves with the scores."""
-    wanted = number * z.shape[0] * z.shape[1]
-    flat = z.detach().flatten() / warmth
-    low, high = flat.min() - 10, flat.max() + 10
-    for _ in range(40):
-        middle = (low + high) / 2
-        many = torch.sigmoid(flat - middle).sum() > wanted
-        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
-    soft = torch.sigmoid(flat - low)
-    slope = (soft * (1 - soft)).view_as(z)
-    threshold = low + (slope * (z - z.detach()) / warmth).sum() / slope.sum()
-    bias = torch.nn.functional.logsigmoid(z / warmth - threshold)
-    keep = torch.zeros_like(bias)
-    keep[..., 0] = 1
-    return bias * (1 - keep)
+def both(score: Tensor, own: Tensor, number: float) -> tuple[Tensor, Tensor]:
+    """One ranking of the prompt's tokens and written ones."""
+    keep = choose(torch.cat([score, own], -1), number)
+    return keep[..., : score.shape[-1]], keep[..., score.shape[-1] :]
 
 
 def prepare(probe: Probe, args: argparse.Namespace) -> dict[str, list[Document]]:
@@ -792,8 +866,8 @@ def prepare(probe: Probe, args: argparse.Namespace) -> dict[str, list[Document]]
             except Exception as error:  # too long for the model
                 print(name, error)
         prompts = [list(prompt.ids) for prompt in asked]
-        summaries = [s for at in range(0, len(prompts), 6)
-                     for s in probe.teach(prompts[at : at + 6], runner.prompter.max_new_tokens)]  # fmt: skip
+        summaries = [s for at in range(0, len(prompts), 16)
+                     for s in probe.teach(prompts[at : at + 16], runner.prompter.max_new_tokens)]  # fmt: skip
         documents = []
         for prompt, ids, summary in zip(asked, prompts, summaries, strict=True):
             scored = min(len(summary) - 1, max(1, runner.prompter.scored(summary)))
@@ -816,7 +890,9 @@ def main() -> None:
     parser.add_argument("--sets", default="cnn_dailymail,beigebook,gao,xsum5")
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--half", choices=("even", "odd"), default="even")
-    parser.add_argument("--experiments", default="codecs,bases,look,scores,equal,residuals,fit")
+    parser.add_argument(
+        "--experiments", default="codecs,fit_bases,look,scores,equal,residuals,squares,blends,written,fit"
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rows", type=int, default=80, help="settings a batch, at 2,000 tokens")
     parser.add_argument("--model")

@@ -30,6 +30,7 @@ def main() -> None:
         *(needles(_read(path), path.name) for path in sorted(RESULTS.glob("needle-*.json"))),
         *(memory(_read(path), path.stem) for path in sorted(RESULTS.glob("memory-*.json"))),
         *(documents(_read(path), path.name) for path in sorted(RESULTS.glob("documents-*.json"))),
+        *(tokenizing(_read(path), path.name) for path in sorted(RESULTS.glob("tokenize-*.json"))),
     ]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -172,19 +173,30 @@ def _hits(row: dict[str, Any] | None) -> str:
 
 def memory(record: dict[str, Any], stem: str) -> str:
     """Peak memory against length."""
-    settings = record["settings"]
+    settings, shape = record["settings"], record["settings"].get("shape")
+    columns = {
+        "KV held": "kv_bytes",
+        "KV while reading": "prefill_peak_bytes",
+        "full cache": "full_bytes",
+        "allocated by torch": "allocated_bytes",
+        "GPU, from outside": "gpu_used_bytes",
+        "RSS": "rss_bytes",
+    }
+    columns = {name: key for name, key in columns.items() if any(row.get(key) for row in record["rows"])}
     rows = [
         [
-            row["strategy"], f"{row['tokens']:,}", *(f"{row[key] / 2**20:,.0f}" for key in
-            ("kv_bytes", "prefill_peak_bytes", "full_bytes", "rss_bytes")), f"{row['prefill_s']:,.0f}",
+            row["strategy"], f"{row['tokens']:,}", *(f"{row[key] / 2**20:,.0f}" for key in columns.values()),
+            f"{row['prefill_s']:,.0f}",
         ]
         for row in record["rows"]
     ]  # fmt: skip
+    what = f"{shape}'s shape with random weights" if shape else "the embedded model"
+    where = record["gpus"][0] if settings["device"].startswith("cuda") else f"{record['cores']} cores"
     picture = f"![Peak memory against length]({stem}.svg)\n\n" if (PAGE.parent / f"{stem}.svg").is_file() else ""
     return (
-        f"## Peak memory against length\n\n{picture}{settings['policy']}, {settings['budget']} slots, chunks of "
-        f"{settings['chunk']}, on {record['cores']} cores; MiB, RSS as the kernel counts it from outside.\n\n"
-        + _table(["strategy", "tokens", "KV held", "KV while reading", "full cache", "RSS", "seconds to read"], rows)
+        f"## Peak memory against length: {what} on {where}\n\n{picture}{settings['policy']}, {settings['budget']} "
+        f"slots, chunks of {settings['chunk']}; MiB, RSS as the kernel counts it from outside.\n\n"
+        + _table(["strategy", "tokens", *columns, "seconds to read"], rows)
     )
 
 
@@ -199,6 +211,25 @@ def documents(record: dict[str, Any], name: str) -> str:
         f"## 20,000-token documents on {record['cores']} cores\n\nBy the command line, model load included "
         f"(`{name}`, load average {record['load_average']} at the start). The goal, 400 in 2 hours, is 200 an hour.\n\n"
         + _table(["settings", "documents", "tokens each", "seconds", "seconds a document", "documents an hour"], rows)
+    )
+
+
+def tokenizing(record: dict[str, Any], name: str) -> str:
+    """How fast files become text and tokens, and what that holds."""
+    rows = [
+        [
+            f"{row['megabytes']:,} MB, {row['text']}", row["how"], f"{row['read_mb_s']:.0f}",
+            f"{row['tokenize_mb_s']:.1f}" if row["tokenize_mb_s"] else "",
+            *(f"{row[key] / 2**20:,.0f}" for key in ("read_bytes", "own_bytes", "peak_bytes")),
+        ]
+        for row in record["rows"]
+    ]  # fmt: skip
+    return (
+        f"## Files, text and tokens\n\nOn {record['cores']} cores at a load of {record['load_average']} (`{name}`): "
+        "only read, its tokens counted window by window, or tokenized whole as one prompt. MiB: what the process had "
+        "for itself more once the text was read; its peak, libraries included; and with mapped files, which the "
+        "system takes back when it needs to.\n\n"
+        + _table(["file", "as", "read, MB/s", "tokenized, MB/s", "text", "own, peak", "RSS, peak"], rows)
     )
 
 

@@ -15,8 +15,7 @@ from auvsum.kernels.column_scores import ChunkAttention
 
 def aggregate_chunk(attention: ChunkAttention, held: Held, store: SlotStore, row: int) -> None:
     """Eq. 2 over the chunk's rows: the running mean of `a[i, j] · N_i / N_max` over the rows that see j."""
-    weights = attention.keys_seen / store.longest[row]
-    sums = token_columns(attention.column_sums(weights), held)
+    sums = token_columns(attention.aggregated(store.longest[row]), held)
     rows = token_columns(attention.queries_seen, held)
     aas, cnt = held.state["aas"], held.state["cnt"]
     aas.mul_(cnt).add_(sums)

@@ -109,8 +109,9 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
     if folded is not None and position is not None:
         folded = (layer.rotary.place_mean(folded[0], past, position), *folded[1:])
     keys, values = placed[None], held.value[None]
-    out, seen = attend_chunk(query, keys, values, scale, past, folded)
-    layer.count_prefill(keys, values, key, value, held.key, *seen.scratch)
+    power = 1.0 if layer.policy.looks else None
+    out, seen = attend_chunk(query, keys, values, scale, past, folded, power)
+    layer.count_prefill(keys, values, key, value, held.key)
     choose_and_fill(layer, row, held, seen)
     return out[0].transpose(0, 1)
 

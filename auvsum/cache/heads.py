@@ -29,12 +29,13 @@ from transformers.cache_utils import Cache
 
 from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, make_codec
-from auvsum.cache.policies.auv_look import AUVLook
+from auvsum.cache.head_profiles import find_profile
+from auvsum.cache.policies.auv_look import AUVLook, bits_of_the_newest
 from auvsum.cache.ragged import Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.errors import PolicyError
-from auvsum.kernels.column_scores import attend_chunk
+from auvsum.kernels.column_scores import attend_chunk, attend_token
 
 #: Tokens that look at a prompt in one call.
 _LOOK_CHUNK = 512
@@ -77,6 +78,8 @@ class HeadsLayer(UncountedLayer):
         self.policy, self.bits = policy, bits
         self.writing = writing
         self.number, self.layers = place
+        #: What its tokens are worth, those of the prompt and written ones, `[G, 2]`; None for all the same.
+        self.factors: Tensor | None = None
         #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
         self.rows: list[Open | None] = [None] * len(writing.active)
         self.loose: dict[int, Slots] = {}
@@ -88,7 +91,8 @@ class HeadsLayer(UncountedLayer):
         self.draft: Open | None = None
         #: How many of an open row's tokens stand before those that look.
         self.before: int | None = None
-        self.codec: Codec = Codec(torch.float32)
+        #: Of candidates, and of the newest tokens.
+        self.codec = self.write_codec = Codec(torch.float32)
         #: For measurements of quality alone: a step need not unpack what has not changed, at the price of its memory.
         self.keeps_unpacked = False
         self.transient = 0
@@ -97,6 +101,7 @@ class HeadsLayer(UncountedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.codec = make_codec(key_states.dtype, self.bits)
+        self.write_codec = make_codec(key_states.dtype, bits_of_the_newest(self.bits))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -186,7 +191,7 @@ class HeadsLayer(UncountedLayer):
             past = before.key.shape[1]
             key = torch.cat([before.key[None], key], 2)
             value = torch.cat([before.value[None], value], 2)
-        out, _ = attend_chunk(query, key, value, scale, past)
+        out, _ = attend_chunk(query, key, value, scale, past, power=None)
         self.rows[row] = Open(key[0], value[0])
         return out.transpose(1, 2)
 
@@ -195,42 +200,48 @@ class HeadsLayer(UncountedLayer):
         held = self.rows[row]
         assert isinstance(held, Open)
         size, own_key, own_value = held.key.shape[1], key, value
-        past_key, past_value = held.key[:, : self.before], held.value[:, : self.before]
+        past_key, past_value = held.key[None, :, : self.before], held.value[None, :, : self.before]
         if self.draft is not None:
             self.draft.key = torch.cat([self.draft.key, key[0]], 1)
             self.draft.value = torch.cat([self.draft.value, value[0]], 1)
             own_key, own_value = self.draft.key[None], self.draft.value[None]
-        keys = torch.cat([past_key[None], own_key], 2)
-        values = torch.cat([past_value[None], own_value], 2)
-        out, attention = attend_chunk(query, keys, values, scale, keys.shape[2] - query.shape[2])
-        seen.total += attention.column_sums(power=self.policy.power)[:, :size]
+        if query.shape[2] == 1:
+            keys, values = (past_key, own_key), (past_value, own_value)
+            out, paid = attend_token(query, keys, values, scale, self.policy.power)
+            self.transient = max(self.transient, own_key.nbytes + own_value.nbytes)
+        else:
+            key, value = torch.cat([past_key, own_key], 2), torch.cat([past_value, own_value], 2)
+            power = self.policy.power
+            out, attention = attend_chunk(query, key, value, scale, key.shape[2] - query.shape[2], power=power)
+            paid = attention.column_sums(power=power)
+            self.transient = max(self.transient, key.nbytes + value.nbytes)
+        seen.total += paid[:, :size]
         seen.queries += query.shape[2]
-        self.transient = max(self.transient, keys.nbytes + values.nbytes)
         return out.transpose(1, 2)
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """The next tokens of all rows, one in decoding; query `[M, H, T, D]`, key, value `[M, G, T, D]`. Returns
         `[M, T, H, D]`."""
-        held, writing, codec = self.held, self.writing, self.codec
+        held, writing, codec, newest = self.held, self.writing, self.codec, self.write_codec
         assert held is not None
         (rows, heads, tokens, size), groups = query.shape, key.shape[1]
-        held.write_key[writing.at] = key.transpose(1, 2).reshape(-1, groups, size)
-        held.write_value[writing.at] = value.transpose(1, 2).reshape(-1, groups, size)
+        for memory, new in ((held.write_keys, key), (held.write_values, value)):
+            newest.encode(memory, writing.at, new.transpose(1, 2).reshape(-1, groups, size))
         keys, values, index, padding = self._candidates(held)
         longest = keys.shape[2]
         own_key, own_value = (
-            written[writing.region].view(rows, -1, groups, size).transpose(1, 2)
-            for written in (held.write_key, held.write_value)
+            newest.unpack([part[writing.region] for part in memory]).view(rows, -1, groups, size).transpose(1, 2)
+            for memory in (held.write_keys, held.write_values)
         )
         asked = query.reshape(rows, groups, -1, size)  # a group's query heads after each other, T tokens each
-        logits = torch.cat([codec.turn(asked) @ keys.mT, asked @ own_key.mT], -1).float()
+        logits = torch.cat([codec.turn(asked) @ keys.mT, newest.turn(asked) @ own_key.mT], -1).float()
         logits[..., :longest].masked_fill_(padding[:, :, None], -torch.inf)
         if writing.later is not None:
             own = logits.view(rows, groups, -1, tokens, logits.shape[-1])[..., longest:]
             own.masked_fill_(writing.later[:, None, None], -torch.inf)
         probabilities = logits.mul_(scale).softmax(-1)
         spread = probabilities.to(values.dtype)
-        out = codec.turn_back(spread[..., :longest] @ values) + spread[..., longest:] @ own_value
+        out = codec.turn_back(spread[..., :longest] @ values) + newest.turn_back(spread[..., longest:] @ own_value)
         paid = probabilities.pow_(self.policy.power).sum(2).div_(heads // groups)
         # Padding points at some slot and adds nothing to it: its probability is 0.
         held.aas.index_add_(0, index.view(-1), paid[..., :longest].reshape(-1))
@@ -268,7 +279,6 @@ class HeadsLayer(UncountedLayer):
         open_ = self.rows[row]
         assert open_ is not None
         groups, size = score.shape[0], open_.key.shape[-1]
-        empty = (write, groups, size)
         self.rows[row] = None
         self.loose[row] = Slots(
             keys=self.codec.pack(open_.key[head, position]),
@@ -276,8 +286,8 @@ class HeadsLayer(UncountedLayer):
             positions=position.to(torch.int32),
             aas=(score[head, position].pow(self.policy.power) * self.policy.prior).float(),
             starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
-            write_key=open_.key.new_zeros(empty),
-            write_value=open_.value.new_zeros(empty),
+            write_keys=self.write_codec.allocate((write, groups), size, head.device),
+            write_values=self.write_codec.allocate((write, groups), size, head.device),
             write_aas=torch.zeros((write, groups), dtype=torch.float32, device=head.device),
             sizes=[sum(counts)],
             longest=[max(counts)],
@@ -299,14 +309,16 @@ class HeadsLayer(UncountedLayer):
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
         oldest[0].fill_(True)
-        flushed = [x[writing.flush].view(-1, x.shape[-1]) for x in (held.write_key, held.write_value)]
+        flushed = (
+            self.write_codec.decode(x, writing.flush).flatten(0, 1) for x in (held.write_keys, held.write_values)
+        )
         keys, values = (
             [torch.cat(parts) for parts in zip(kept, self.codec.pack(new), strict=True)]
             for kept, new in zip((held.keys, held.values), flushed, strict=True)
         )
         every = torch.arange(head.shape[0], device=device)
         rivals = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
-        score = self._scores(head[rivals] // groups, position[rivals], aas[rivals], [x[rivals] for x in values])
+        score = self._scores(head[rivals], position[rivals], aas[rivals], [x[rivals] for x in values])
         score.masked_fill_(oldest[rivals], torch.inf)
         order = score.argsort(descending=True)
         if len(writing.due) > 1:  # row after row, in each the best first
@@ -323,15 +335,22 @@ class HeadsLayer(UncountedLayer):
         counts = torch.bincount(head[order], minlength=rows * groups)
         held.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         held.longest = counts.view(rows, groups).amax(1).tolist()
-        held.write_key, held.write_value = held.write_key[writing.shift], held.write_value[writing.shift]
+        held.write_keys, held.write_values = (
+            [x[writing.shift] for x in kept] for kept in (held.write_keys, held.write_values)
+        )
         held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
         held.unpacked = None
 
-    def _scores(self, row: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
+    def _scores(self, head: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
         """By which tokens compete: the attention paid to each, a query that could pay it."""
-        prompt, since, end = self.writing.reach[:, row]
-        score = aas / torch.where(position < prompt, self.policy.prior + since, end - position)
-        score = score.pow(1 / self.policy.power)
+        assert self.held is not None
+        groups = self.held.groups
+        prompt, since, end = self.writing.reach[:, head // groups]
+        read = position < prompt
+        score = (aas / torch.where(read, self.policy.prior + since, end - position)).pow(1 / self.policy.power)
+        if self.factors is not None:
+            self.factors = self.factors.to(score.device)
+            score *= self.factors[head % groups, (~read).long()]
         return score * self.codec.unpack(values).float().norm(dim=-1) if self.policy.value_norm else score
 
     # -- looking in from outside --------------------------------------------------------------------------------------
@@ -413,8 +432,13 @@ class HeadsCache(Cache):  # type: ignore[misc]
             raise PolicyError(message, f"give it {policy.least_slots} or more")
         self._peak = 0
         self.writing = Writing(rows)
+        profile = find_profile(config) if policy.profile else None
+        #: What tokens of each head are worth, the prompt's and written ones, `[layers, G, 2]`; None for all the same.
+        self.factors = None if profile is None else profile.factors()
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
+        for layer in self.layers:
+            layer.factors = None if self.factors is None else self.factors[layer.number]
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 
@@ -504,6 +528,8 @@ class HeadsCache(Cache):  # type: ignore[misc]
         ranking = score
         if self.policy.value_norm:
             ranking = score * torch.stack([layer.rows[row].value.float().norm(dim=-1) for layer in self.layers])
+        if self.factors is not None:
+            ranking = ranking * self.factors[..., :1].to(ranking.device)
         # The first token stays in every head: it takes the attention that a query has no use for.
         ranking = ranking.clone()
         ranking[..., 0] = torch.inf

@@ -25,7 +25,8 @@ class Slots:
     Attributes:
         keys, values: as the codec keeps them, first dimension N. positions: int32 `[N]`.
         aas: attention paid to each, summed, fp32 `[N]`. starts: where each head's begin, and N: int64 `[M * G + 1]`.
-        write_key, write_value: the rows' write regions, `[V, G, D]`. write_aas: fp32 `[V, G]`.
+        write_keys, write_values: the rows' write regions, as the codec keeps them, first dimensions `[V, G]`.
+        write_aas: fp32 `[V, G]`.
         sizes, longest, room: for each row its candidates, the most of a head, and how many there may be.
         widths: tokens of each row's write region, V together.
     """
@@ -35,8 +36,8 @@ class Slots:
     positions: Tensor
     aas: Tensor
     starts: Tensor
-    write_key: Tensor
-    write_value: Tensor
+    write_keys: list[Tensor]
+    write_values: list[Tensor]
     write_aas: Tensor
     sizes: list[int]
     longest: list[int]
@@ -57,7 +58,8 @@ class Slots:
     def row_bytes(self, row: int) -> int:
         """A row's part of the memory."""
         slot = sum(x.nbytes for x in (*self.keys, *self.values, self.positions, self.aas)) // self.positions.shape[0]
-        write = sum(x.nbytes for x in (self.write_key, self.write_value, self.write_aas)) // self.write_aas.shape[0]
+        written = (*self.write_keys, *self.write_values, self.write_aas)
+        write = sum(x.nbytes for x in written) // self.write_aas.shape[0]
         return slot * self.sizes[row] + write * self.widths[row] + self.starts.element_size() * (self.groups + 1)
 
     def cut(self, row: int) -> Slots:
@@ -71,8 +73,8 @@ class Slots:
             positions=self.positions[start:end],
             aas=self.aas[start:end],
             starts=self.starts[row * groups : (row + 1) * groups + 1] - start,
-            write_key=self.write_key[written],
-            write_value=self.write_value[written],
+            write_keys=[x[written] for x in self.write_keys],
+            write_values=[x[written] for x in self.write_values],
             write_aas=self.write_aas[written],
             sizes=[self.sizes[row]],
             longest=[self.longest[row]],
@@ -92,8 +94,8 @@ class Slots:
             positions=torch.cat([row.positions for row in rows]),
             aas=torch.cat([row.aas for row in rows]),
             starts=torch.cat(starts),
-            write_key=torch.cat([row.write_key for row in rows]),
-            write_value=torch.cat([row.write_value for row in rows]),
+            write_keys=[torch.cat(parts) for parts in zip(*(row.write_keys for row in rows), strict=True)],
+            write_values=[torch.cat(parts) for parts in zip(*(row.write_values for row in rows), strict=True)],
             write_aas=torch.cat([row.write_aas for row in rows]),
             sizes=[row.sizes[0] for row in rows],
             longest=[row.longest[0] for row in rows],

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from auvsum import __version__
-from auvsum.cli import config, doctor, inspect, models, policies, runs, summarize
+from auvsum.cli import calibrate, config, doctor, inspect, models, policies, runs, summarize
 from auvsum.cli import eval as evaluation
 from auvsum.cli.guard import INTERRUPTED
 from auvsum.ui.console import Console
@@ -44,6 +44,7 @@ app.command("policies", short_help="List the eviction policies.")(policies.comma
 app.add_typer(models.app, name="models")
 app.command("doctor", short_help="Check that this installation works.")(doctor.command)
 app.command("eval", short_help="Measure policies and budgets on documents with summaries.")(evaluation.command)
+app.command("calibrate", short_help="Fit a model's profile for auv-look from documents.")(calibrate.command)
 app.command("score", short_help="Score a run again, without generating.")(evaluation.score_command)
 app.command("compare", short_help="One table of several runs.")(runs.compare)
 app.command("plot", short_help="Plots of runs.")(runs.plot)

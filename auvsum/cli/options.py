@@ -66,7 +66,7 @@ Query = Annotated[str | None, _option("A question to answer instead of a summary
 Style = Annotated[str | None, _option("Shape of the summary.", metavar="paragraph|bullets")]
 Cite = Annotated[bool | None, _option("Give sources; flag numbers and names not in the document.", "--cite/--no-cite")]
 Pages = Annotated[str | None, _option("Of a PDF only these pages: 10-40, or 1-3,9.", metavar="PAGES")]
-Window = Annotated[int | None, _option("Tokens in a window of the map-reduce strategy.", metavar="N")]
+Window = Annotated[int | None, _option("Tokens in a window of map-reduce, or that extract reads.", metavar="N")]
 Truncate = Annotated[bool | None, _option("Cut a document that is too long, and say so.", "--truncate/--no-truncate")]
 Encoding = Annotated[str | None, _option("Encoding of the files; otherwise detected.", metavar="NAME")]
 

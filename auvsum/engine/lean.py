@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.heads import HeadsCache
+from auvsum.engine.memory import release_mapped
 from auvsum.engine.weights import Int8Linear, int8_product
 
 Step = Callable[[Tensor, Tensor, BudgetedCache | HeadsCache], Tensor]
@@ -87,6 +88,7 @@ def _packed(layers: Sequence[Any], name: str) -> Tensor | None:
     whole = torch.cat([part.data for part in parts])
     start = 0
     for layer, part in zip(layers, parts, strict=True):
+        release_mapped(part)
         piece = whole[start : start + part.shape[0]]
         if isinstance(part, nn.Parameter):
             part.data = piece

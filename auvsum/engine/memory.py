@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +56,35 @@ def free_over(devices: Sequence[torch.device]) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in main memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release_mapped(tensor: torch.Tensor) -> None:
+    """Gives back the pages of a weight that is mapped from a file and has been copied to where it is used from now on.
+
+    They would count as the process's memory for as long as anything else of the file is in use. Whoever reads the
+    tensor after all reads the file again. Nothing happens to memory that is no file's, or outside Linux.
+    """
+    start, size = tensor.data_ptr(), tensor.nbytes
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not _is_of_a_file(start):
+        return
+    page = mmap.PAGESIZE
+    first = -(-start // page) * page
+    length = (start + size) // page * page - first  # pages at its ends belong to its neighbours too
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def _is_of_a_file(address: int) -> bool:
+    """Whether a private mapping of a file is what lies at an address, as the kernel lists them."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return False
+    for line in maps.read_text().splitlines():
+        span, rights, _offset, _device, inode, *_ = line.split()
+        start, end = (int(number, 16) for number in span.split("-"))
+        if start <= address < end:
+            return inode != "0" and rights.endswith("p")
+    return False
 
 
 def release_memory(device: torch.device) -> None:

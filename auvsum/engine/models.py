@@ -120,7 +120,9 @@ def load(
         places = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if places[0].type == "cuda":
         torch.cuda.set_device(places[0].index or 0)  # kernels and graphs are launched on the current one
-    model, tokenizer = _read(name, path, kind, **(split.placing(places) if len(places) > 1 else {}))
+    # What is to be quantized is read as it is stored: mapped, not copied.
+    as_read = stored if held == "int8" and stored is not None else kind
+    model, tokenizer = _read(name, path, as_read, **(split.placing(places) if len(places) > 1 else {}))
     try:
         model = (model if len(places) > 1 else model.to(places[0])).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
@@ -130,7 +132,7 @@ def load(
     if len(places) > 1:
         split.follow(model)
     if held == "int8":
-        quantize_weights(model)
+        quantize_weights(model, kind)
     return LoadedModel(
         name=name,
         path=path,

@@ -28,8 +28,8 @@ from auvsum.eval.texts import arrange, first_words, lexrank
 from auvsum.events import Finished
 
 #: On a GPU: the part of the free memory that is planned with, what a row needs beside its slots' keys and values, and
-#: the most documents together.
-_PLANNED, _ROW_OVERHEAD, _MOST_DOCUMENTS = 0.8, 1.5, 64
+#: the most documents together. More would go faster still, but what is measured is written when all of them are done.
+_PLANNED, _ROW_OVERHEAD, _MOST_DOCUMENTS = 0.8, 1.5, 16
 
 #: Documents whose text is kept with the run, for the page of `auvsum report`.
 _SHOWN = 3
@@ -106,21 +106,31 @@ class Runner:
             self.progress(f"{count}/{len(self.examples)} {sample['id']}: {what}, {sample['seconds']:.1f} s")
 
     def _by_batches(self, waiting: list[Example]) -> Iterator[dict[str, Any]]:
+        for batch in self._batches(waiting):
+            yield from self._measure(batch)
+
+    def _batches(self, waiting: list[Example], jobs: int = 1) -> Iterator[list[Example]]:
+        """The documents that are measured together; the memory is divided among `jobs`, and so are the documents."""
+        share = -(-len(waiting) // jobs)
         while waiting:
-            size = self.batch_size or self._fitting(waiting)
-            yield from self._measure(waiting[:size])
+            size = self.batch_size or min(self._fitting(waiting, jobs), share)
+            yield waiting[:size]
             waiting = waiting[size:]
 
-    def _fitting(self, waiting: list[Example]) -> int:
-        """How many of the next documents the free memory holds together with all their rows; at least one."""
+    def _fitting(self, waiting: list[Example], jobs: int = 1) -> int:
+        """How many of the next documents fit a job's share of the free memory with all their rows; at least one."""
         if self.loaded.device.type == "cpu":
             return 1
-        free, vocabulary = _PLANNED * free_bytes(self.loaded.device), self.loaded.model.config.vocab_size
+        free, vocabulary = _PLANNED * free_bytes(self.loaded.device) / jobs, self.loaded.model.config.vocab_size
         for count, example in enumerate(waiting[:_MOST_DOCUMENTS]):
-            starts = [start for start, _, _ in self._prepare(example).starts.values()]
+            work = self._prepare(example)
+            starts = [start for start, _, _ in work.starts.values()]
             # A row takes its cache, where all have the slots of the largest, and its logits in three types.
             slots = max((_mean(start.slots) for start in starts), default=0)
             free -= 2 * len(starts) * (slots * self._token_bytes * _ROW_OVERHEAD + 14 * vocabulary)
+            # One that gives each head its own number keeps them unpacked, padded to a head that may hold the prompt.
+            by_head = sum(start.policy.by_head for start in starts)
+            free -= 2 * by_head * len(work.asked.prompt.ids if work.asked else ()) * self._token_bytes
             if free < 0:
                 return max(1, count)
         return min(len(waiting), _MOST_DOCUMENTS)
@@ -128,8 +138,10 @@ class Runner:
     def _by_processes(self, waiting: list[Example], jobs: int) -> Iterator[dict[str, Any]]:
         """Documents as they are done, in any order: what a run holds is looked up by id."""
         start = (self.config, str(self.loaded.path), str(self.loaded.device), self.all_examples)
+        batches = [[example.id for example in batch] for batch in self._batches(waiting, jobs)]
         with get_context("spawn").Pool(jobs, _start_worker, start) as pool:
-            yield from pool.imap_unordered(_measure_one, [example.id for example in waiting])
+            for samples in pool.imap_unordered(_measure_batch, batches):
+                yield from samples
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on and with."""
@@ -348,9 +360,8 @@ def _start_worker(config: EvalConfig, model: str, device: str, examples: list[Ex
     _worker.update(runner=runner, by_id={example.id: example for example in runner.examples})
 
 
-def _measure_one(id: str) -> dict[str, Any]:
-    sample: dict[str, Any] = next(_worker["runner"]._measure([_worker["by_id"][id]]))
-    return sample
+def _measure_batch(ids: list[str]) -> list[dict[str, Any]]:
+    return list(_worker["runner"]._measure([_worker["by_id"][id] for id in ids]))
 
 
 def select(config: EvalConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:

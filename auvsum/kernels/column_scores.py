@@ -12,7 +12,7 @@ is again a log-sum-exp, over queries instead of keys. Flipping both sequences ma
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -41,11 +41,6 @@ class ChunkAttention:
     past: int
     folded_valid: Tensor | None
     lse: Tensor
-
-    @property
-    def scratch(self) -> tuple[Tensor, ...]:
-        """What is held besides queries and keys until the policy has chosen, for the count of bytes."""
-        return ()
 
     @property
     def keys_seen(self) -> Tensor:
@@ -107,6 +102,10 @@ class ChunkAttention:
             return pack_bits(self.last_rows(least.shape[1]) >= least[..., None], bits)
         words: Tensor = kernel.hits(self.query, self.key, self.lse, least, self.scaling, self.past, bits)
         return words
+
+    def aggregated(self, longest: Tensor) -> Tensor:
+        """Eq. 2's sum `Σ_i a[i, j] · N_i / N_max` for an N_max, as `column_sums`."""
+        return self.column_sums(self.keys_seen / longest)
 
     def column_sums(self, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
         """`Σ_i w_i · a[i, j]^p`, averaged over the query heads of each KV head.
@@ -174,19 +173,21 @@ def attend_chunk(
     scaling: float,
     past: int,
     folded: tuple[Tensor, Tensor, Tensor] | None = None,
+    power: float | None = 1.0,
 ) -> tuple[Tensor, ChunkAttention]:
     """Attention of a chunk over `past` held keys, a reconstructed one and, causally, itself.
 
     Args:
         query: `[1, H, T, D]`. key, value: `[1, G, past + T, D]`.
         folded: the reconstructed key and value `[G, 1, D]` and where they are valid `[G, 1]`.
+        power: of the probabilities whose column sums will be asked for; None when none will. Only speed depends on it.
 
     Returns:
         the output `[1, H, T, D]` and what the policies need to know about the probabilities.
     """
     plain = _plain_chunk()
-    if plain.pays(query):
-        found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded)
+    if plain.pays(query, power):
+        found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded, power)
         return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
     joined = _triton_join() if query.device.type == "cuda" and past else None
@@ -204,6 +205,26 @@ def attend_chunk(
         out, lse = _join(out, lse, one_value[None], logit)
     out = out.to(query.dtype)
     return out, ChunkAttention(query, key, scaling, past, None if folded is None else folded[2], lse)
+
+
+def attend_token(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float, power: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Attention of one token over keys that lie in several places, none of which is copied.
+
+    Args:
+        query: `[1, H, 1, D]`. keys, values: `[1, G, C_i, D]` each. power: `p`.
+
+    Returns:
+        the output `[1, H, 1, D]`, and `a[j]^p` over the keys of all places, averaged over the query heads of each KV
+        head: fp32 `[G, Σ C_i]`.
+    """
+    grouped = query.view(1, keys[0].shape[1], -1, query.shape[-1])
+    logits = torch.cat([grouped @ key.mT for key in keys], -1).float()
+    probabilities = logits.mul_(scaling).softmax(-1)
+    parts = torch.split(probabilities.to(query.dtype), [key.shape[2] for key in keys], -1)
+    out = torch.stack([part @ value for part, value in zip(parts, values, strict=True)]).sum(0)
+    return out.view(query.shape), probabilities.pow_(power).mean(2)[0]
 
 
 def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

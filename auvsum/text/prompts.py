@@ -19,7 +19,7 @@ from auvsum.text.templates import Template, load_template
 _SENTINEL = "AUVSUMxDOCUMENTxGOESxHERE"
 _TOKENS_PER_SENTENCE = 40
 #: Characters that are tokenized at a time, of texts longer than twice that; and of the trial that it changes nothing.
-_PIECE = 2**20
+_PIECE = 2**17
 _TRIAL = 2000
 _BLANK_IN_WORDS = re.compile(r"(?<=[a-z]) (?=[a-z])")
 _TOKENS_PER_WORD = 1.6

@@ -44,6 +44,12 @@ def sentences(text: str) -> list[str]:
     return [part for line in _PARAGRAPH_END.split(text) for part in _SENTENCE_END.split(line.strip()) if part.strip()]
 
 
+def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each sentence, which no paragraph's end divides, with the blanks that follow it."""
+    for start, end in _split(text, 0, len(text), _PARAGRAPH_END):
+        yield from _split(text, start, end, _SENTENCE_END)
+
+
 def cut(text: str, room: int, count: Count) -> list[Window]:
     """Windows of at most `room` tokens and about equal length, which together are the whole text.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from auvsum.cache.head_profiles import Profile, shape_of
 from auvsum.cache.heads import HeadsCache, Look, second_look
 from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.engine.generate import Engine, Request
@@ -26,8 +28,8 @@ MODELS = {"llama": tiny.tiny_llama, "opt": tiny.tiny_opt}
 class Naive:
     """Every key and value ever seen, one head after the other, and a set of living positions for each."""
 
-    def __init__(self, model: Any, policy: AUVLook) -> None:
-        config = model.config
+    def __init__(self, model: Any, policy: AUVLook, factors: Tensor | None = None) -> None:
+        config, self.factors = model.config, factors
         self.model, self.policy = model, policy
         self.layers = config.num_hidden_layers
         self.groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -106,7 +108,8 @@ class Naive:
             for group in range(self.groups):
                 for position in range(self.prompt):
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
-                    rank = float("inf") if position == 0 else float(score[layer, group, position]) * norm
+                    rank = float(score[layer, group, position]) * norm * self.factor(layer, group, position)
+                    rank = float("inf") if position == 0 else rank
                     ranked.append((rank, layer, group, position))
         ranked.sort(reverse=True)
         kept = {(layer, group, p) for _, layer, group, p in ranked[: slots * self.layers * self.groups]}
@@ -116,6 +119,10 @@ class Naive:
             self.room[layer] = sum(map(len, self.alive[layer]))
         self.paid = {place: float(score[place]) ** self.policy.power * self.policy.prior for place in kept}
         self.write, self.first = write, self.prompt
+
+    def factor(self, layer: int, group: int, position: int) -> float:
+        """What a token of that head is worth."""
+        return 1.0 if self.factors is None else float(self.factors[layer, group, int(position >= self.prompt)])
 
     def evict(self, now: int) -> None:
         """When the write region is full its older half competes with all that the layer holds."""
@@ -131,24 +138,39 @@ class Naive:
                     norm = float(self.values[layer][group][position].norm()) if self.policy.value_norm else 1.0
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
                     score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
+                    score *= self.factor(layer, group, position)
                     ranked.append((float("inf") if position == old[0] else score, group, position))
             ranked.sort(reverse=True)
-            gone = {(group, position) for _, group, position in ranked[self.room[layer] :]}
-            for group in range(self.groups):
-                self.alive[layer][group] = [p for p in self.alive[layer][group] if (group, p) not in gone]
+            for _, group, position in ranked[self.room[layer] :]:
+                self.alive[layer][group].remove(position)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"draft": 0, "power": 1.0, "value_norm": True}, {"look": 0.0, "lead": 20, "ask": 0.0}],
+    [
+        {},
+        {"draft": 0, "power": 1.0, "value_norm": True},
+        {"look": 0.0, "lead": 20, "ask": 0.0},
+        {"profile": True},
+    ],
 )
-def test_it_does_what_the_slow_version_does(name: str, options: dict[str, Any]) -> None:
-    model = MODELS[name]()
+def test_it_does_what_the_slow_version_does(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, factors = MODELS[name](), None
+    if options.get("profile"):
+        monkeypatch.setenv("AUVSUM_CACHE", str(tmp_path))
+        heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+        logs = torch.randn(2, 2, heads, generator=torch.Generator().manual_seed(4)).tolist()
+        profile = Profile("tiny", shape_of(model.config), *(tuple(map(tuple, one)) for one in logs))
+        (tmp_path / "profiles").mkdir()
+        (tmp_path / "profiles" / "tiny.json").write_text(profile.to_json())
+        factors = profile.factors()
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
     stream = tiny.tokens(PROMPT + NEW, 17)[0].tolist()
     ids, span, slots = stream[:PROMPT], (4, 55), 40
-    cache, naive = HeadsCache(model.config, policy, slots), Naive(model, policy)
+    cache, naive = HeadsCache(model.config, policy, slots), Naive(model, policy, factors)
     with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
         model(torch.tensor([ids]), past_key_values=cache)
     naive.call(ids, 0)
@@ -346,7 +368,7 @@ def test_the_bytes_it_names_are_those_it_has_allocated(bits: int) -> None:
             model(torch.tensor([[5], [6]]), position_ids=torch.tensor([[90], [70]]) + step, past_key_values=cache)
             held = [layer.held for layer in cache.layers]
             tensors = [x for one in held for x in vars(one).values() if isinstance(x, torch.Tensor)]
-            tensors += [x for one in held for x in (*one.keys, *one.values)]
+            tensors += [x for one in held for x in (*one.keys, *one.values, *one.write_keys, *one.write_values)]
             allocated = sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
             # The end of one row's slots is the beginning of the next one's.
             assert cache.bytes() == allocated + 8 * len(cache.layers)

@@ -116,15 +116,15 @@ def test_eight_bits_are_held_once_and_come_close(name: str) -> None:
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_eight_bit_layer_is_its_rounded_weight(rows: int, bias: bool) -> None:
-    """Few rows and many take different ways."""
+    """Few rows and many take different ways; for few, what comes in and goes out is rounded to bf16."""
     torch.manual_seed(0)
     linear = Linear(64, 48, bias=bias)
-    layer = Int8Linear(copy.deepcopy(linear))
+    layer = Int8Linear(copy.deepcopy(linear), torch.float32)
     rounded = layer.weight.float() * layer.scale[:, None]
     assert (rounded - linear.weight).abs().max() <= layer.scale.max() / 2 + 1e-7
     x = torch.randn(2, rows, 64)
     wanted = torch.nn.functional.linear(x, rounded, linear.bias)
-    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    assert torch.allclose(layer(x), wanted, atol=1e-5 if 2 * rows > 16 else 1e-2)
 
 
 def test_a_tied_embedding_reads_the_heads_eight_bits() -> None:

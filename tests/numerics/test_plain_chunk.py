@@ -30,36 +30,47 @@ def draw_folded(dtype: torch.dtype) -> plain_chunk.Folded:
 @pytest.mark.parametrize("with_folded", [False, True])
 @pytest.mark.parametrize("past", [0, 37])
 @pytest.mark.parametrize("block", [512, 50])
-def test_equals_the_fused_attention(block: int, past: int, with_folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain_chunk, "BLOCK", block)
+@pytest.mark.parametrize("power", [None, 1.0, 2.0])
+def test_equals_the_fused_attention(
+    power: float | None, block: int, past: int, with_folded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was told would be asked for."""
+    monkeypatch.setitem(plain_chunk.BLOCK, torch.float32, block)
     chunk, scale = 130, SIZE**-0.5
     tensors = draw(chunk, past, torch.float32)
     folded = draw_folded(torch.float32) if with_folded else None
-    expected, fused = attend_chunk(*tensors, scale, past, folded)
+    expected, fused = attend_chunk(*tensors, scale, past, folded, power=None)
     assert not isinstance(fused, PlainAttention)
-    out, seen = plain_chunk.attend(*tensors, scale, past, folded)
+    out, seen = plain_chunk.attend(*tensors, scale, past, folded, power)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     weights = torch.rand(GROUPS, chunk) + 0.5
     torch.testing.assert_close(seen.column_sums(weights), fused.column_sums(weights), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.column_sums(power=2.0), fused.column_sums(power=2.0), rtol=1e-4, atol=1e-5)
+    longest = torch.tensor(200.0)
+    torch.testing.assert_close(seen.aggregated(longest), fused.aggregated(longest), rtol=1e-4, atol=1e-6)
     squares = fused.column_sums(weights, power=2.0)
     torch.testing.assert_close(seen.column_sums(weights, power=2.0), squares, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.last_rows(70), fused.last_rows(70), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(seen.keys_seen, fused.keys_seen)
-    assert bool(seen.scratch) == (block == 512)  # the probabilities of a long chunk are never all there
 
 
 def test_is_what_a_chunk_in_bf16_goes_through() -> None:
     chunk, past, scale = 100, 20, SIZE**-0.5
     out, seen = attend_chunk(*draw(chunk, past, torch.bfloat16), scale, past, draw_folded(torch.bfloat16))
     assert isinstance(seen, PlainAttention)
-    expected, fused = attend_chunk(*draw(chunk, past, torch.float32), scale, past, draw_folded(torch.float32))
+    exact = draw(chunk, past, torch.float32)
+    expected, fused = attend_chunk(*exact, scale, past, draw_folded(torch.float32), power=None)
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.03)
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=0.02, atol=0)
 
-    assert not plain_chunk.pays(draw(10, past, torch.bfloat16)[0])
+    assert not plain_chunk.pays(draw(10, past, torch.bfloat16)[0], 1.0)
 
 
-def test_a_chunk_of_another_type_is_left_to_the_fused_attention() -> None:
-    _, seen = column_scores.attend_chunk(*draw(100, 0, torch.float32), 1.0, 0)
+def test_a_chunk_in_fp32_goes_through_it_where_column_sums_are_wanted() -> None:
+    tensors = draw(100, 0, torch.float32)
+    for power, plain in ((None, False), (1.0, True)):
+        _, seen = column_scores.attend_chunk(*tensors, 1.0, 0, power=power)
+        assert isinstance(seen, PlainAttention) == plain
+    _, seen = column_scores.attend_chunk(*(x.double() for x in tensors), 1.0, 0)
     assert not isinstance(seen, PlainAttention)

@@ -37,13 +37,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(checkpoints.llama(tmp_path_factory.mktemp("jobs") / "model"))
 
 
-def test_two_processes_measure_what_one_does(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_two_processes_measure_what_one_does(tmp_path: Path, model: str, batch_size: int | None) -> None:
     config = replace(CONFIG, model=model)
     found = []
     for jobs in (1, 2):
         run = Run(tmp_path / f"jobs-{jobs}")
         run.begin(config, resume=False)
-        Runner(config, load(model, dtype="fp32", threads=1), EXAMPLES).into(run, jobs)
+        Runner(config, load(model, dtype="fp32", threads=1), EXAMPLES, batch_size=batch_size).into(run, jobs)
         samples = {sample["id"]: sample["rows"] for sample in run.samples()}
         assert len(samples) == len(list(run.samples())) == 5
         found.append(samples)

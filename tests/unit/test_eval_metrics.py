@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from sumy.summarizers.lex_rank import LexRankSummarizer
 
 from auvsum.budget import CacheShape
 from auvsum.errors import ConfigError, DatasetError, MetricError, RunError
@@ -114,6 +115,13 @@ def test_lexrank_puts_the_central_sentence_first_and_respects_the_length() -> No
     assert lexrank(text, 3) == "Apples bridges castles"
     assert len(lexrank(text, 12).split()) == 12
     assert lexrank(text, 0) == ""
+
+
+def test_the_quick_lexrank_ranks_as_sumy_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "samples" / "beige-book.txt").read_text(encoding="utf-8")[:12_000] + "\n\n--\n\n--"
+    quick = [lexrank(text, words) for words in (40, 120, 10_000)]
+    monkeypatch.setattr("auvsum.eval.texts._ranker", LexRankSummarizer)
+    assert quick == [lexrank(text, words) for words in (40, 120, 10_000)]
 
 
 def test_policies_with_options_and_budgets_make_cells() -> None:

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from auvsum.budget import CacheShape
 from auvsum.engine import checkpoint, hardware, models, registry
+from auvsum.engine.memory import release_mapped
+from auvsum.engine.weights import Int8Linear, quantize_weights
 from auvsum.errors import (
     ConfigError,
     DeviceError,
@@ -495,3 +497,35 @@ def test_builders_are_deterministic_and_tiny(tmp_path: Path, builder) -> None:  
     assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
     assert sum((one / file).stat().st_size for file in files) < 1_000_000
     assert checkpoint.inspect(one).format == "safetensors"
+
+
+@pytest.mark.parametrize("builder", [checkpoints.opt, checkpoints.llama])
+def test_eight_bits_are_made_of_the_weights_as_they_are_stored(builder, tmp_path: Path) -> None:
+    """A bf16 file for an fp32 model: nothing but the 8 bits and what is left in fp32 is ever made of it."""
+    folder = str(builder(tmp_path / "m", dtype=torch.bfloat16))
+    loaded = models.load(folder, device="cpu", dtype="fp32", weights="int8").model
+    other = models.load(folder, device="cpu", dtype="fp32").model
+    quantize_weights(other)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert {module.dtype for module in loaded.modules() if isinstance(module, Int8Linear)} == {torch.float32}
+    ids = torch.arange(10, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, other(ids).logits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what memory is made of")
+def test_pages_of_a_mapped_weight_are_given_back(tmp_path: Path) -> None:
+    def of_files() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
+
+    wanted = torch.arange(4 << 20, dtype=torch.float32)
+    wanted.numpy().tofile(tmp_path / "weight")
+    mapped = torch.from_file(str(tmp_path / "weight"), shared=False, size=wanted.numel())
+    assert torch.equal(mapped, wanted)
+    before = of_files()
+    release_mapped(mapped)
+    assert before - of_files() > 0.9 * mapped.nbytes
+    assert torch.equal(mapped, wanted)
+    release_mapped(wanted)  # of no file: stays
+    assert torch.equal(mapped, wanted)

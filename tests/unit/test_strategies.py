@@ -81,6 +81,47 @@ def test_the_summary_of_map_reduce_is_that_of_its_windows_summaries(folders: dic
     assert model.summarize(LONG).text == alone.summarize(joined).text
 
 
+def test_extract_summarizes_the_central_sentences(folders: dict[str, str]) -> None:
+    from auvsum import rounds
+
+    text = (Path(__file__).parents[2] / "samples" / "money-bail.txt").read_text(encoding="utf-8")[:9000]
+    model = summarizer(folders["llama"], strategy="extract", window=300, budget="60%")
+    plan = model.plan(text)
+    (window,) = rounds.sentences_to_read(text, 300, model.loaded.tokenizer)
+    assert 150 < window.tokens <= 310
+    assert plan.strategy == "extract"
+    assert plan.document_tokens > 10 * window.tokens
+    assert f"the {window.tokens:,} tokens of the central sentences" in plan.warnings[0]
+    alone = summarizer(folders["llama"], strategy="single", budget="60%")
+    assert model.summarize(text).text == alone.summarize(window.text).text
+    # What holds no sentences is read in windows; what is short is read whole.
+    assert len(model.plan("abc " * 2000).windows) > 1
+    assert model.plan(SENTENCE).windows[0].text == SENTENCE.strip()
+
+
+def test_central_sentences_share_a_topic_and_every_block_keeps_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    from auvsum.text import central
+
+    topic = ["apples", "bridges", "castles", "dragons", "elephants"]
+    hub = "Apples bridges castles dragons elephants."
+    spokes = [f"{word.title()} {' '.join(f'{word}{i}' for i in range(5))}." for word in topic]
+    ranks = central.lexrank([text.lower().rstrip(".").split() for text in [*spokes, hub, "snow falls on a hill"]])
+    assert ranks.index(max(ranks)) == len(spokes)
+    assert sum(ranks) == pytest.approx(1, abs=1e-4)
+    text = " ".join([*spokes[:3], hub, *spokes[3:], hub, "Yes."])
+
+    def count(pieces: Any) -> list[int]:
+        return [len(piece.split()) for piece in pieces]
+
+    assert central.central_sentences(text, 6, count) == hub  # once, though it is said twice
+    assert central.central_sentences("Yes. No.", 100, count) == ""
+    monkeypatch.setattr(central, "BLOCK", 8)
+    blocks = "\n\n".join(" ".join(f"Word{b} again{b} and{i} so{i} on{i}." for i in range(8)) for b in range(4))
+    chosen = central.central_sentences(blocks, 4 * 12, count)
+    assert [chosen.count(f"Word{b} ") for b in range(4)] == [2, 2, 2, 2]
+    assert chosen.startswith("Word0")
+
+
 def test_single_refuses_and_truncate_cuts(folders: dict[str, str]) -> None:
     with pytest.raises(DocumentTooLong, match="768 positions") as caught:
         summarizer(folders["llama"], strategy="single").plan(LONG)

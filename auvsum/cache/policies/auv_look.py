@@ -18,6 +18,8 @@ from auvsum.errors import PolicyError
 _STRIDE = 128
 #: The bounds of the write region, and the slots that a token of it stands for.
 _LEAST_WRITE, _MOST_WRITE, _SLOTS_PER_WRITE = 4, 32, 32
+#: Bits of a channel in the write region, at least.
+_WRITE_BITS = 8
 #: fp32 sum of attention and int32 position of a slot, per KV head.
 _SLOT_BYTES = 4 + 4
 
@@ -44,6 +46,7 @@ class AUVLook(Policy):
         power: of attention, of which the mean's root is the score: 1 is AUV's mean, 2 the root mean square.
         value_norm: whether a score is multiplied by the length of its value.
         prior: how many written tokens the prompt's score counts for, once writing has begun.
+        profile: whether scores are multiplied with the model's factors a head, where it has a profile.
     """
 
     look: float = 0.25
@@ -54,6 +57,7 @@ class AUVLook(Policy):
     power: float = 2.0
     value_norm: bool = False
     prior: int = 64
+    profile: bool = True
 
     name: ClassVar[str] = "auv-look"
     paper: ClassVar[str] = "AUV's scores over a second look at the prompt; after KVzip (Kim et al., NeurIPS 2025)"
@@ -98,9 +102,9 @@ class AUVLook(Policy):
 
     def regions(self, slots: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
         """Of `slots` a head on average: those of the candidates, and the tokens of the write region, which is kept in
-        the model's type and so costs several slots a token."""
+        more bits and so costs several slots a token."""
         slot = 2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES
-        token = 2 * head_dim * element_bytes + _SLOT_BYTES
+        token = 2 * vector_bytes(head_dim, element_bytes, bits_of_the_newest(bits)) + _SLOT_BYTES
         write = max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
         return slots - -(-write * token // slot), write
 
@@ -125,6 +129,12 @@ class AUVLook(Policy):
         scale = found[0][0].sum()
         parts = [x * (share / whole if whole else 1.0) * (scale / x.sum().clamp_min(1e-20)) for x, share in found]
         return torch.stack(parts).sum(0)
+
+
+def bits_of_the_newest(bits: int) -> int:
+    """Bits of a channel in the write region, where candidates have `bits`: what the newest tokens lose in 4 bits costs
+    more than the slots that 8 take."""
+    return max(bits, _WRITE_BITS)
 
 
 POLICY = AUVLook

@@ -13,14 +13,17 @@ from auvsum.cache.rings import Ring
 from auvsum.cache.store import Held, SlotStore
 from auvsum.kernels.column_scores import ChunkAttention
 
+#: Tokens a ring holds at least, where a quarter of the slots allows it.
+_LEAST_RING = 16
+
 
 @dataclass(frozen=True)
 class NACL(Ring):
     """Of B slots 2.5% are the first tokens, 2.5% the last ones, 35% are drawn, the rest are the best by score.
 
     `s_j` sums `a` over the last `max(8, n // 100)` queries. Drawn without replacement with probability softmax(s):
-    the largest `s + Gumbel noise`. Shares round down, at least 1; the official code never evicts in decode, here the
-    last tokens are a ring.
+    the largest `s + Gumbel noise`. Shares round down, at least 1. The official code never evicts in decode; here the
+    last tokens are a ring, of at least 16 slots or B // 4: in a ring of one slot a policy does not see what it wrote.
 
     Args:
         seed: of the draws; they differ from layer to layer and head to head.
@@ -46,18 +49,19 @@ class NACL(Ring):
     def choose(self, held: Held, capacity: int) -> Tensor | None:
         if held.size <= capacity:
             return None
-        ends, drawn = max(1, capacity // 40), max(1, capacity * 35 // 100)
+        first, drawn = max(1, capacity // 40), max(1, capacity * 35 // 100)
+        last = max(capacity // 40, min(capacity // 4, _LEAST_RING))
         scores = held.state["score"].double()
         taken = torch.zeros_like(scores, dtype=torch.bool)
-        taken[:, :ends] = True
-        taken[:, held.size - ends :] = True
-        for count, by in ((capacity - 2 * ends - drawn, scores), (drawn, scores + held.state["noise"])):
+        taken[:, :first] = True
+        taken[:, held.size - last :] = True
+        for count, by in ((capacity - first - last - drawn, scores), (drawn, scores + held.state["noise"])):
             best = ascending(by.masked_fill(taken, -torch.inf))[:, held.size - count :]
             taken.scatter_(1, best, True)
         return taken.nonzero()[:, 1].view(taken.shape[0], capacity)
 
     def ring(self, store: SlotStore) -> Tensor:
-        return (store.capacity // 40).clamp(min=1)
+        return torch.maximum(store.capacity // 40, (store.capacity // 4).clamp(max=_LEAST_RING))
 
 
 def gumbel(seed: int, layer: int, heads: int, tokens: int) -> Tensor:
