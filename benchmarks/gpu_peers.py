@@ -34,7 +34,8 @@ def _step_times(model: Any, cache: Any, rows: int, prompt: int, steps: int, forw
     """Seconds for `steps` greedy steps after a prompt; rows are read one by one where that is possible."""
     ids = torch.randint(4, model.config.vocab_size, (rows, prompt), device="cuda")
     out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token, forward = out.logits[:, -1].argmax(-1, keepdim=True), forward or model
+    # A compiled model has no truth value.
+    token, forward = out.logits[:, -1].argmax(-1, keepdim=True), model if forward is None else forward
     del out
     start = 0.0
     for number in range(steps + 3):
