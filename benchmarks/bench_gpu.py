@@ -160,8 +160,6 @@ def decoder(model: Any, policy: Any, slots: int, rows: int, new: int) -> tuple[A
 def decode_rate(bench: Bench, model: Any, name: str, policy: str, slots: int, rows: int, steps: int = NEW) -> None:
     """Tokens a second of the captured step with evictions firing; the tokens are read back by the host as always."""
     made = make_policy(policy)
-    gc.collect()  # a cache's layers know each other: the one before goes no other way
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     cache, graph = decoder(model, made, slots, rows, steps + 2)
     written: list[list[int]] = []
@@ -405,7 +403,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 
 def guarded(bench: Bench, name: str, run: Callable[[str], None]) -> None:
     """A case that may not fit; the table says so."""
-    gc.collect()
+    gc.collect()  # a cache's layers know each other: the one before goes no other way
     torch.cuda.empty_cache()
     try:
         run(name)
