@@ -133,12 +133,11 @@ def squeeze(store: SlotStore, row: int, held: Held, keep: Tensor | None, folds_b
     )  # fmt: skip
     if folding and keep is not None:
         weights = held.state[folds_by].scatter(-1, keep, 0.0)
-        # Few programs, which wait for memory at every step: long steps.
-        part = 16
+        part = min(32, dim_pad)
         _fold_kernel[(groups, triton.cdiv(size, part))](
             held.key, held.value, weights, store.keys[0], store.values[0], valid,
             store.folded_key, store.folded_value, store.folded_mass, *strides, row, columns, store.slots,
-            GROUPS=groups, FRESH=fresh, DIM=size, PART=part, BLOCK=512, num_warps=8,
+            GROUPS=groups, FRESH=fresh, DIM=size, PART=part, BLOCK=128, num_warps=4,
         )  # fmt: skip
         mass = weights.sum(-1)
         store.folded_mass[row] = mass if fresh else mass + store.folded_mass[row]

@@ -19,25 +19,13 @@ from tests import tiny
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-from auvsum.cache import policy as policy_module
 from auvsum.cache.policies.auv import AUV
 from auvsum.cache.policies.full import Full
 from auvsum.cache.policies.h2o import H2O
 from auvsum.cache.policy import Policy
 from auvsum.cache.store import SlotStore
 from auvsum.engine.fuse import fuse
-from auvsum.kernels import (
-    column_scores,
-    decode_step,
-    join,
-    keep,
-    matvec,
-    norm,
-    pointwise,
-    reference,
-    score_kernel,
-    squeeze,
-)
+from auvsum.kernels import column_scores, decode_step, join, matvec, norm, pointwise, reference, score_kernel, squeeze
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -309,22 +297,6 @@ def test_sums_and_hits_of_the_last_queries(
             wanted = (rows >= least[..., None])[:, last - 1 - number].to(torch.int32)
             assert torch.equal(hit * sure[:, last - 1 - number], wanted * sure[:, last - 1 - number]), number
         assert bool((got >> bits == 0).all())
-
-
-@pytest.mark.parametrize(("columns", "recent", "best"), [(50, 0, 20), (51, 17, 1), (700, 100, 599), (1500, 5, 0)])
-@pytest.mark.parametrize("scores", ["different", "tied", "large", "infinite"])
-def test_what_is_kept(columns: int, recent: int, best: int, scores: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As two stable sorts choose, whatever the scores are."""
-    drawn = torch.rand(3, columns, device=DEVICE)
-    if scores == "tied":
-        drawn = (drawn * 3).floor()
-    if scores == "large":
-        drawn = (drawn * 60 - 30).exp2()
-    if scores == "infinite":
-        drawn[:, columns - recent - best // 2 - 1 :] = torch.inf
-    got = keep.keep(drawn, recent, best)
-    monkeypatch.setattr(policy_module, "_keep_kernel", lambda _: None)
-    assert torch.equal(got, policy_module.keep_recent_and_best(drawn, recent, best))
 
 
 @pytest.mark.parametrize("name", ["auv", "auv top 1, no slot", "h2o", "full"])
