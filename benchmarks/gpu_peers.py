@@ -30,11 +30,13 @@ def plain_step(generate: Any, wanted: bool) -> Iterator[None]:
         attention.fused_step, generate.why_not = before
 
 
-def _step_times(model: Any, cache: Any, rows: int, prompt: int, steps: int, forward: Any = None) -> float:
-    """Seconds for `steps` greedy steps after a prompt; rows are read one by one where that is possible."""
+def _step_times(model: Any, cache: Any, rows: int, prompt: int, steps: int, forward: Any = None, **more: Any) -> float:
+    """Seconds for `steps` greedy steps after a prompt. `more` goes to every call of the model."""
     ids = torch.randint(4, model.config.vocab_size, (rows, prompt), device="cuda")
-    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token, forward = out.logits[:, -1].argmax(-1, keepdim=True), forward or model
+    positions = torch.arange(prompt, device="cuda").expand(rows, prompt)
+    out = model(ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+    # A compiled model has no truth value.
+    token, forward = out.logits[:, -1].argmax(-1, keepdim=True), model if forward is None else forward
     del out
     start = 0.0
     for number in range(steps + 3):
@@ -42,7 +44,7 @@ def _step_times(model: Any, cache: Any, rows: int, prompt: int, steps: int, forw
             torch.cuda.synchronize()
             start = time.perf_counter()
         position = torch.full((rows, 1), prompt + number, device="cuda")
-        out = forward(token, position_ids=position, past_key_values=cache, use_cache=True)
+        out = forward(token, position_ids=position, past_key_values=cache, use_cache=True, **more)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
     torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -76,9 +78,12 @@ def transformers_decode(bench: Any, model: Any, attention: str, rows: int, promp
 def compiled_decode(bench: Any, model: Any, prompt: int, weights: int) -> None:
     """The static cache and `torch.compile(mode="reduce-overhead")`."""
     model.set_attn_implementation("sdpa")
-    cache = StaticCache(config=model.config, max_cache_len=prompt + _STEPS + 8)
+    length = prompt + _STEPS + 8
+    cache = StaticCache(config=model.config, max_cache_len=length)
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-    seconds = _step_times(model, cache, 1, prompt, _STEPS, compiled)
+    # A mask of the cache's own length: without one its length depends on data, and there is no one graph.
+    mask = torch.ones((1, length), dtype=torch.int64, device="cuda")
+    seconds = _step_times(model, cache, 1, prompt, _STEPS, compiled, attention_mask=mask)
     _add(bench, "transformers sdpa, StaticCache, compiled, batch 1", 1, seconds, _STEPS, weights, prompt, model)
 
 

@@ -13,15 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
-def _norm(lse, weights, inside, WEIGHTED: tl.constexpr):
-    """What a query's logits lose, in powers of two: its log-sum-exp, less the logarithm of its weight."""
-    norm = tl.load(lse, mask=inside, other=float("inf")) * 1.4426950408889634
-    if WEIGHTED:
-        norm -= tl.log2(tl.load(weights, mask=inside, other=1.0))
-    return norm
-
-
 @triton.jit(do_not_specialize=["chunk", "past"])
 def _sums_kernel(
     query, key, lse, weights, out,
@@ -56,9 +47,12 @@ def _sums_kernel(
             )  # fmt: skip
             if UPCAST:
                 q = q.to(tl.float32)
-            norm = _norm(lse + head * chunk + i, weights + g * chunk + i, i < chunk, WEIGHTED)
+            norm = tl.load(lse + head * chunk + i, mask=i < chunk, other=float("inf")) * 1.4426950408889634
             a = tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
-            total += tl.sum(tl.where(j[:, None] <= i[None, :] + past, a, 0.0), 1)
+            a = tl.where(j[:, None] <= i[None, :] + past, a, 0.0)
+            if WEIGHTED:
+                a = a * tl.load(weights + g * chunk + i, mask=i < chunk, other=0.0)[None, :]
+            total += tl.sum(a, 1)
         for start in range(clear, chunk, BLOCK_Q):
             i = start + tl.arange(0, BLOCK_Q)
             q = tl.load(
@@ -67,8 +61,10 @@ def _sums_kernel(
             )  # fmt: skip
             if UPCAST:
                 q = q.to(tl.float32)
-            norm = _norm(lse + head * chunk + i, weights + g * chunk + i, i < chunk, WEIGHTED)
+            norm = tl.load(lse + head * chunk + i, mask=i < chunk, other=float("inf")) * 1.4426950408889634
             a = tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
+            if WEIGHTED:
+                a = a * tl.load(weights + g * chunk + i, mask=i < chunk, other=0.0)[None, :]
             total += tl.sum(a, 1)
     tl.store(out + g * columns + j, total / REPEAT, mask=j < columns)
 
