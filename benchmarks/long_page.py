@@ -62,8 +62,8 @@ def strategies(record: dict[str, Any]) -> str:
     count = ", ".join(f"{name} {sum(key[0] == name for key in auto)}" for name in sets)
     lines = [
         f"## Strategies: {record['title']}",
-        f"{len(auto)} whole documents ({count}). A case is strategy:policy:budget; `auto` takes `{SINGLE}` where the "
-        f"document fits the positions, else `{AUTO}`. Lead: the first words of the document, as many as the "
+        f"{len(auto)} whole documents ({count}). A case is strategy:policy:budget; `auto` takes `{SINGLE}` "
+        f"where the document fits three windows, else `{AUTO}`. Lead: the first words of the document, as many as the "
         "summary has. Last third: the share of the "
         f"summary, in percent, that is about the last third. BERTScore: {record['encoder']}. Every case stands on the "
         "documents that it was run on (n).",
