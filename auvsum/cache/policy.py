@@ -158,7 +158,8 @@ class Deferring(SlotPolicy):
 
     def observe(self, store: SlotStore, probabilities: Tensor) -> None:
         self.observe_steps(store, probabilities[:, :, None], store.valid[:, :, None])
-        self.evict(store, self.advance(store))
+        if len(full := self.advance(store)):
+            self.evict(store, full)
 
 
 #: Position (int32) and validity (bool) of a slot, per KV head.

@@ -125,7 +125,8 @@ class Books:
         full = policy.advance(whole)
         if len(full) or len(self._waiting) == _MOST_STEPS:
             self.catch_up()
-        policy.evict(whole, full)
+        if len(full):
+            policy.evict(whole, full)
 
     def catch_up(self) -> None:
         """The policy observes the steps that wait."""

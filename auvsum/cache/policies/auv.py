@@ -106,17 +106,12 @@ class AUV(Deferring):
         return (store.pointer == store.capacity).nonzero()[:, 0]
 
     def evict(self, store: SlotStore, full: Tensor) -> None:
-        """The multi-step eviction, at 3L."""
-        if len(full):
-            capacities = store.capacity[full]
-            for capacity in sorted(set(capacities.tolist())):
-                self._evict(store, full[capacities == capacity], capacity // 3)
+        capacities = store.capacity[full]
+        for capacity in sorted(set(capacities.tolist())):
+            self._evict(store, full[capacities == capacity], capacity // 3)
 
     def _evict(self, store: SlotStore, rows: Tensor, local: int) -> None:
-        """Eqs. 5 to 8: the L (`local`) least of the candidate region go, the write region takes their slots.
-
-        The layers that keep their books together are rows `[N]` of one store.
-        """
+        """Eqs. 5 to 8 in rows `[N]`: the L least of the candidate region go, the write region takes their slots."""
         candidates = slice(0, 2 * local)
         scores, usage = (store.state[name][rows, :, candidates] for name in ("aas", "usage"))
         composite = usage * scores.amax(-1, keepdim=True) + scores
