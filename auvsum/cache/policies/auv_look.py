@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -67,18 +68,12 @@ class AUVLook(Policy):
     by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.look <= 1:
-            raise PolicyError(f"look is {self.look}", "it is a share of the document between 0 and 1")
-        for name in ("weight", "ask"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise PolicyError(f"{name} is {getattr(self, name)}", "it must be at least 0 and at most 1")
-        for name in ("lead", "draft"):
-            if getattr(self, name) < 0:
-                raise PolicyError(f"{name} is {getattr(self, name)}", "it is a number of tokens")
-        if self.power <= 0:
-            raise PolicyError(f"power is {self.power}", "it must be more than 0")
-        if self.prior < 1:
-            raise PolicyError(f"prior is {self.prior}", "it must be at least 1")
+        for name, most in (("look", 1), ("weight", 1), ("ask", 1), ("lead", math.inf), ("draft", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                allowed = "between 0 and 1" if most == 1 else "at least 0"
+                raise PolicyError(f"{name} is {getattr(self, name)}", f"it must be {allowed}")
+        if self.power <= 0 or self.prior < 1:
+            raise PolicyError(f"power is {self.power}, prior {self.prior}", "they must be more than 0 and at least 1")
         if not (self.look or self.lead or self.draft):
             raise PolicyError("there is nothing to look with", "give it look, lead or draft")
 
@@ -97,12 +92,10 @@ class AUVLook(Policy):
 
     def slot_cost(self, *, kv_heads: int, head_dim: int, element_bytes: int, bits: int = 16) -> SlotCost:
         per_slot = kv_heads * (2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES)
-        # Where each head's slots begin, in one layer.
-        return SlotCost(per_slot=per_slot, fixed=8 * (kv_heads + 1))
+        return SlotCost(per_slot=per_slot, fixed=8 * (kv_heads + 1))  # where each head's slots begin, in one layer
 
     def regions(self, slots: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
-        """Of `slots` a head on average: those of the candidates, and the tokens of the write region, which is kept in
-        more bits and so costs several slots a token."""
+        """Of `slots` a head on average: the candidates', and the write region's tokens, each of which costs several."""
         slot = 2 * vector_bytes(head_dim, element_bytes, bits) + _SLOT_BYTES
         token = 2 * vector_bytes(head_dim, element_bytes, bits_of_the_newest(bits)) + _SLOT_BYTES
         write = max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
@@ -117,13 +110,10 @@ class AUVLook(Policy):
         return found
 
     def blend(self, looked: Tensor | None, drafted: Tensor | None, asked: Tensor | None) -> Tensor:
-        """One score of the powers of attention `[layers, G, n]` that these queries paid, mean a query; some may be
-        missing, not all. The draft's scale is kept, where there is one: written tokens will be compared with it."""
-        shares = (
-            (drafted, self.weight * (1 - self.ask)),
-            (looked, (1 - self.weight) * (1 - self.ask)),
-            (asked, self.ask),
-        )
+        """One score of the powers of attention `[layers, G, n]` that these queries paid, mean a query; not all missing.
+        The draft's scale is kept, where there is one: written tokens will be compared with it."""
+        rest = 1 - self.ask
+        shares = ((drafted, self.weight * rest), (looked, (1 - self.weight) * rest), (asked, self.ask))
         found = [(x.pow(1 / self.power), share) for x, share in shares if x is not None]
         whole = sum(share for _, share in found)
         scale = found[0][0].sum()
@@ -132,8 +122,7 @@ class AUVLook(Policy):
 
 
 def bits_of_the_newest(bits: int) -> int:
-    """Bits of a channel in the write region, where candidates have `bits`: what the newest tokens lose in 4 bits costs
-    more than the slots that 8 take."""
+    """Of a channel in the write region: what the newest tokens lose in 4 bits costs more than the slots that 8 take."""
     return max(bits, _WRITE_BITS)
 
 
