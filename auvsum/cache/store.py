@@ -358,7 +358,8 @@ class SlotStore:
     # -- looking in from outside --------------------------------------------------------------------------------------
 
     def bytes(self) -> int:
-        """Bytes of every tensor of this store, which are views where layers share one memory."""
+        """Bytes of every tensor of this store, which are views where layers share one memory; no query waits then."""
+        self.catch_up()
         tensors: list[Tensor] = [*self.keys, *self.values]
         for value in vars(self).values():
             tensors += [value] if isinstance(value, Tensor) else list(value.values()) if isinstance(value, dict) else []

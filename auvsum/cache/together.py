@@ -25,6 +25,7 @@ from auvsum.cache.codec import Codec
 from auvsum.cache.policy import Deferring, SlotPolicy
 from auvsum.cache.store import SlotStore
 
+_NOTHING = torch.empty(0)
 #: Steps whose queries wait: each takes about as much memory as a token.
 _MOST_STEPS = 8
 
@@ -45,7 +46,7 @@ class Books:
         self._queries: list[Tensor] = []
         self._seen: list[Tensor] = []
         #: Position of the token that arrived. The steps that wait: their queries, positions, and what else they need.
-        self._position = torch.empty(0)
+        self._position = _NOTHING
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._due: Callable[[], None] = self.catch_up
         for store in (whole, *stores):
@@ -74,7 +75,7 @@ class Books:
         """
         if number == 0:
             self._queries, self._seen = [], []
-            self._position = self.whole.seen.to(torch.int32)
+            self._position = self.whole.seen.to(torch.int32) if isinstance(policy, Deferring) else _NOTHING
             at = policy.place(self.whole)
             self.whole.enter(at)
             self._at = torch.split(at, at.shape[0] // len(self.stores))
@@ -121,6 +122,7 @@ class Books:
             policy.observe(whole, self._recall([queries], whole.valid[:, :, None], scale)[:, :, 0])
             return
         self._waiting.append((queries, self._position))
+        self._position = _NOTHING
         self._due = partial(self._observe_waiting, policy, scale)
         full = policy.advance(whole)
         if len(full) or len(self._waiting) == _MOST_STEPS:
