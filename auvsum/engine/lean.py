@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.heads import HeadsCache
-from auvsum.engine.memory import release_mapped
+from auvsum.engine.memory import mapped_files, release_mapped
 from auvsum.engine.weights import Int8Linear, int8_product
 
 Step = Callable[[Tensor, Tensor, BudgetedCache | HeadsCache], Tensor]
@@ -86,9 +86,9 @@ def _packed(layers: Sequence[Any], name: str) -> Tensor | None:
         first: Tensor | None = parts[0]
         return first
     whole = torch.cat([part.data for part in parts])
-    start = 0
+    start, files = 0, mapped_files()
     for layer, part in zip(layers, parts, strict=True):
-        release_mapped(part)
+        release_mapped(part, files)
         piece = whole[start : start + part.shape[0]]
         if isinstance(part, nn.Parameter):
             part.data = piece

@@ -58,14 +58,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def release_mapped(tensor: torch.Tensor) -> None:
+def release_mapped(tensor: torch.Tensor, files: Sequence[tuple[int, int]] | None = None) -> None:
     """Gives back the pages of a weight that is mapped from a file and has been copied to where it is used from now on.
 
     They would count as the process's memory for as long as anything else of the file is in use. Whoever reads the
     tensor after all reads the file again. Nothing happens to memory that is no file's, or outside Linux.
+
+    Args:
+        files: what `mapped_files` has found when the tensor was there already; None looks now.
     """
     start, size = tensor.data_ptr(), tensor.nbytes
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not _is_of_a_file(start):
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    if not any(begin <= start < end for begin, end in (mapped_files() if files is None else files)):
         return
     page = mmap.PAGESIZE
     first = -(-start // page) * page
@@ -74,17 +79,16 @@ def release_mapped(tensor: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
-def _is_of_a_file(address: int) -> bool:
-    """Whether a private mapping of a file is what lies at an address, as the kernel lists them."""
+def mapped_files() -> list[tuple[int, int]]:
+    """Where private mappings of files begin and end, as the kernel lists them; nothing outside Linux."""
     maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return False
-    for line in maps.read_text().splitlines():
+    found = []
+    for line in maps.read_text().splitlines() if maps.exists() else []:
         span, rights, _offset, _device, inode, *_ = line.split()
-        start, end = (int(number, 16) for number in span.split("-"))
-        if start <= address < end:
-            return inode != "0" and rights.endswith("p")
-    return False
+        if inode != "0" and rights.endswith("p"):
+            start, end = span.split("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
 
 
 def release_memory(device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from auvsum.engine.memory import release_mapped
+from auvsum.engine.memory import mapped_files, release_mapped
 
 #: With more rows than this, unpacking the weights for a product in full precision is as quick (docs/LOG.md).
 _MOST_ROWS = 16
@@ -90,11 +90,12 @@ def quantize_weights(model: Any, dtype: torch.dtype | None = None) -> None:
     dtype = dtype or model.dtype
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
+    files = mapped_files()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, Int8Linear(child, dtype))
-                release_mapped(child.weight)
+                release_mapped(child.weight, files)
     if tied:
         model.set_input_embeddings(Int8Embedding(model.get_output_embeddings(), embedding.padding_idx))
     for parameter in model.parameters():
