@@ -12,6 +12,7 @@ is again a log-sum-exp, over queries instead of keys. Flipping both sequences ma
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -190,7 +191,7 @@ def attend_chunk(
         found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded, power)
         return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
-    joined = _triton_join() if query.device.type == "cuda" and past else None
+    joined = _triton("join") if query.device.type == "cuda" and past else None
     if past:
         old, old_lse = fused_attention(query, key[:, :, :past], value[:, :, :past], scaling, causal=False)
         if joined is not None:
@@ -241,27 +242,18 @@ def _plain_chunk() -> ModuleType:
 
 
 @functools.cache
-def _triton_join() -> ModuleType | None:
+def _triton(name: str) -> ModuleType | None:
+    """A module of kernels; None without Triton."""
     try:
-        from auvsum.kernels import join
-    except ImportError:  # no Triton
+        return importlib.import_module(f"auvsum.kernels.{name}")
+    except ImportError:
         return None
-    return join
-
-
-@functools.cache
-def _triton_scores() -> ModuleType | None:
-    try:
-        from auvsum.kernels import score_kernel
-    except ImportError:  # no Triton
-        return None
-    return score_kernel
 
 
 def _score_kernel(query: Tensor) -> ModuleType | None:
     """The column sums' own kernel, where it is the faster way: half precision on a GPU."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return _triton_scores() if query.device.type == "cuda" and half and query.shape[-1] <= 256 else None
+    return _triton("score_kernel") if query.device.type == "cuda" and half and query.shape[-1] <= 256 else None
 
 
 def fused_attention(
