@@ -672,13 +672,17 @@ class Explorer:
             ):  # fmt: skip
                 both = blend(s[look + "^2"], s[draft + "^2"], weight)
                 found[f"{look} {draft} {weight}"] = blend(both, s["instruction^2"], 0.1)
-            pair = self.pair(document, coding)
-            settings = [
-                Setting(f"{share:4.0%} | {title}", choose(ranking, slots(document, share, coding)), None, pair)
-                for share in BUDGETS
-                for title, ranking in found.items()
-            ]
-            self.judge(name, document, settings)
+            self.rank(name, document, coding, found)
+
+    def rank(self, name: str, document: Document, coding: Coding, rankings: dict[str, Tensor]) -> None:
+        """Judges what each ranking chooses, at every budget."""
+        pair = self.pair(document, coding)
+        settings = [
+            Setting(f"{share:4.0%} | {title}", choose(ranking, slots(document, share, coding)), None, pair)
+            for share in BUDGETS
+            for title, ranking in rankings.items()
+        ]
+        self.judge(name, document, settings)
 
     def written(self) -> None:
         """Written tokens that compete for slots: in the layer's room, or over all layers; the write region in 4 bits;
@@ -748,13 +752,7 @@ class Explorer:
                 found[f"oracle{kind}"] = s["oracle" + kind]
                 found[f"look+draft16+instruction{kind}"] = blend(
                     blend(s["look" + kind], s["draft16" + kind], 0.5), s["instruction"] * norm, 0.2)  # fmt: skip
-            pair = self.pair(document, coding)
-            settings = [
-                Setting(f"{share:4.0%} | {title}", choose(ranking, slots(document, share, coding)), None, pair)
-                for share in BUDGETS
-                for title, ranking in found.items()
-            ]
-            self.judge(name, document, settings)
+            self.rank(name, document, coding, found)
 
     # -- bits at equal bytes, and what was dropped --
 
