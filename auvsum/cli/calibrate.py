@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from auvsum._env import prepare
 from auvsum.cli import options
 from auvsum.cli.guard import guarded
-from auvsum.errors import DatasetError, DocumentEmpty, DocumentError
+from auvsum.errors import DatasetError, DocumentError
 from auvsum.ui.console import Console
 
 
@@ -25,9 +24,7 @@ def command(
             help="Data sets of `auvsum eval`, or .jsonl and .parquet files with a column `document`.", metavar="A,B"
         ),
     ] = "sample",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of NAME.jsonl files; or AUVSUM_DATA_DIR.", metavar="DIR")
-    ] = None,
+    data_dir: options.DataDir = None,
     half: Annotated[
         str,
         typer.Option(
@@ -52,7 +49,7 @@ def command(
     """Fit a profile: how much the tokens of each KV head are worth to auv-look. Its file's name goes to stdout.
 
     \b
-    Two numbers a head are learned from the model's own summaries; a third of the documents is left out, and tells
+    Two numbers a head are learned from the model's own summaries; a fifth of the documents is left out, and tells
     whether it helps. From then on, auv-look uses the profile for this model and its fine-tuned relatives.
 
     \b
@@ -69,7 +66,7 @@ def command(
         from auvsum.eval.datasets import load_examples
         from auvsum.io.atomic import write_whole
 
-        folder = data_dir or (Path(path) if (path := os.environ.get("AUVSUM_DATA_DIR")) else None)
+        folder = options.data_folder(data_dir)
         sets = [
             (config, load_examples(name, data_dir=folder, download=bool(download)))
             for name in split_list(data)
@@ -89,8 +86,6 @@ def command(
             runner = Runner(config, loaded, examples)
             for example in runner.examples:
                 try:
-                    if not example.document.strip():
-                        raise DocumentEmpty("the document is empty")
                     prompt = runner.prompter.ask(example.document).prompt
                     lessons.append(calibration.lesson(prompt.ids, prompt.document, runner.prompter.max_new_tokens))
                 except DocumentError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +29,6 @@ def _option(help_: str, *names: str, metavar: str | None = None) -> Any:
 EncoderFlag = Annotated[str | None, _option("BERTScore's encoder: short name, folder, cached hub id.", "--encoder")]
 EncoderLayer = Annotated[int | None, _option("Its layer, where that is not known.", "--encoder-layer", metavar="N")]
 Rescale = Annotated[bool | None, _option("Rescale BERTScore with the encoder's baseline.", "--rescale/--no-rescale")]
-DataDir = Annotated[Path | None, _option("Folder of NAME.jsonl files; or AUVSUM_DATA_DIR.", metavar="DIR")]
 Out = Annotated[Path | None, _option("Where the run is kept; default runs/DATASET-...", metavar="DIR")]
 Scopes = Annotated[str | None, _option("bytes, paper, or both.", "--budget-scope", metavar="bytes,paper")]
 Column = Annotated[
@@ -73,7 +71,7 @@ def command(
     encoder_layer: EncoderLayer = None,
     rescale: Rescale = None,
     column: Column = None,
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     download: Annotated[
         bool, _option("Allow model, encoder and dataset to be downloaded.", "--download/--no-download")
     ] = False,
@@ -123,7 +121,7 @@ def command(
         from auvsum.eval.recipes import configurations
         from auvsum.eval.runs import Run
 
-        folder = data_dir or (Path(path) if (path := os.environ.get("AUVSUM_DATA_DIR")) else None)
+        folder = options.data_folder(data_dir)
         machine = _Machine(folder, download, device or "auto", threads, batch_size, jobs, write_only)
         codes = []
         for name, config in configurations(recipe, flags, split_list(only or "")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +58,7 @@ Strategy = Annotated[
 ]
 Chunk = Annotated[int | None, _option("Tokens a chunk of the stream strategy.", metavar="N")]
 
+DataDir = Annotated[Path | None, _option("Folder of NAME.jsonl files; or AUVSUM_DATA_DIR.", metavar="DIR")]
 MaxTokens = Annotated[int | None, _option("The most tokens to write.", metavar="N")]
 Sentences = Annotated[int | None, _option("Length to ask for, in sentences.", metavar="N")]
 Words = Annotated[int | None, _option("Length to ask for, in words.", metavar="N")]
@@ -137,3 +139,8 @@ Debug = Annotated[bool, _option("Tracebacks for errors.", "--debug")]
 def policy_options(given: list[str] | None) -> dict[str, object] | None:
     """Repeated `--policy-option KEY=VALUE` as a mapping; `None` if there was none."""
     return dict(parse_option(text) for text in given) if given else None
+
+
+def data_folder(given: Path | None) -> Path | None:
+    """Where `--data-dir` or AUVSUM_DATA_DIR says that data sets lie."""
+    return given or (Path(path) if (path := os.environ.get("AUVSUM_DATA_DIR")) else None)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from auvsum.errors import DatasetError, DocumentTooLong
+from auvsum.errors import DatasetError, DocumentEmpty, DocumentTooLong
 from auvsum.eval.datasets import Example
 from auvsum.eval.tasks import Task
 from auvsum.text.prompts import Prompt, build_prompt, plain_prompt, truncate_document
@@ -72,8 +72,10 @@ class Prompter:
         """The prompt of a document.
 
         Raises:
-            DocumentTooLong: it does not fit the model's positions.
+            DocumentEmpty: there is no text. DocumentTooLong: it does not fit the model's positions.
         """
+        if not document.strip():
+            raise DocumentEmpty("the document is empty", "give it some text")
         prompt = self._build(document, self.shots)
         tokens = prompt.document[1] - prompt.document[0]
         if self.max_document_tokens is not None and tokens > self.max_document_tokens:

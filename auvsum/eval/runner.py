@@ -16,7 +16,7 @@ from auvsum.cache.policy import Policy, make_policy
 from auvsum.engine.generate import Engine, Request
 from auvsum.engine.memory import free_bytes, is_out_of_memory, release_memory
 from auvsum.engine.models import LoadedModel, load
-from auvsum.errors import AuvsumError, BudgetError, DocumentEmpty, DocumentError, GenerationFailed, RunError
+from auvsum.errors import AuvsumError, BudgetError, DocumentError, GenerationFailed, RunError
 from auvsum.eval.cells import FIRST_WORDS, Cell, cells, resolved, shade, tenths
 from auvsum.eval.config import THROUGHPUT, EvalConfig
 from auvsum.eval.datasets import Example
@@ -202,8 +202,6 @@ class Runner:
         document = arrange(example.document, example.reference, config.condition, seed=config.seed, id=example.id)
         work = _Work(example, document)
         try:
-            if not example.document.strip():
-                raise DocumentEmpty("the document is empty", "give it some text")
             asked = work.asked = self.prompter.ask(document)
         except DocumentError as error:
             work.error = error
