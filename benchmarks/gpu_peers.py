@@ -17,17 +17,17 @@ _STEPS = 24
 
 @contextmanager
 def plain_step(generate: Any, wanted: bool) -> Iterator[None]:
-    """Within, when wanted, the engine has neither the fused step nor the graph."""
+    """Within, when wanted, the engine has neither the fused step, nor the graph, nor the kernels that fill a row."""
     from auvsum.cache import attention
 
-    before = attention.fused_step, generate.why_not
+    before = attention.fused_step, attention.fused_squeeze, generate.why_not
     if wanted:
-        attention.fused_step = lambda _: None  # type: ignore[assignment]
+        attention.fused_step = attention.fused_squeeze = lambda _: None  # type: ignore[assignment]
         generate.why_not = lambda *_: "switched off"
     try:
         yield
     finally:
-        attention.fused_step, generate.why_not = before
+        attention.fused_step, attention.fused_squeeze, generate.why_not = before
 
 
 def _step_times(model: Any, cache: Any, rows: int, prompt: int, steps: int, forward: Any = None, **more: Any) -> float:

@@ -170,10 +170,10 @@ def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
     batch, heads, _, size = query.shape
     groups = key.shape[1]
     books, number = layer.books, layer.number
-    books.admit(policy, number, key[:, :, 0], value[:, :, 0])
+    books.admit(policy, store, number, key[:, :, 0], value[:, :, 0])
     grouped = query.view(batch, groups, heads // groups, size)
     if books.recalls:
-        return books.attend(policy, number, grouped, scale).view(batch, 1, heads, size)
+        return books.attend(policy, store, number, grouped, scale).view(batch, 1, heads, size)
     keys, values = store.read()
     logits = (grouped @ keys.transpose(-1, -2)).float() * scale
     probabilities = logits.masked_fill_(~store.valid[:, :, None], -torch.inf).softmax(-1)

@@ -7,6 +7,7 @@ model.generate(ids, past_key_values=auvsum.BudgetedCache(model.config, policy="a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
@@ -71,8 +72,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         compact: rows whose positions count what is held, each with the position of its next token; their keys are
             stored un-turned until `settle`, by the angles of `rotary`.
         share: rows whose next part keeps at most that many slots beside what is held.
-        peers: the layers like this one, itself among them, in the order of a step. On a CPU their books may be kept
-            together; on a GPU they evict together.
+        peers: on a CPU their books may be kept together; on a GPU they evict together.
         books, number: where the books of the decode step are, and this layer's place in them.
     """
 
@@ -107,10 +107,22 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.longest: dict[int, int] = {}
         self.prefill_bytes = 0
         self.unread: set[int] = set()
-        self.peers: list[LayerCache] = [self]
+        self._peers: list[weakref.ref[LayerCache]] = []
         self.number = 0
         self._store: SlotStore | None = None
+        self._allocated: SlotStore | None = None
         self._books: Books | None = None
+
+    @property
+    def peers(self) -> list[LayerCache]:
+        """The layers like this one, itself among them, in the order of a step. They are the cache's: layers that held
+        each other would be freed by a garbage collection alone, and the GPU's memory with them.
+        """
+        return [peer for known in self._peers if (peer := known()) is not None] or [self]
+
+    @peers.setter
+    def peers(self, layers: Sequence[LayerCache]) -> None:
+        self._peers = [weakref.ref(layer) for layer in layers]
 
     @property
     def store(self) -> SlotStore:
@@ -153,7 +165,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         batch, groups, chunk, size = key_states.shape
         if self._books is None:
             layers = self._together(chunk) if key_states.device.type == "cpu" else [self]
-            books = Books.shared(
+            books, stores = Books.shared(
                 [layer.layer for layer in layers],
                 batch=self.batch or batch,
                 kv_heads=groups,
@@ -165,9 +177,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
                 reconstruct=self.policy.keeps_reconstructed,
                 codec=make_codec(key_states.dtype, self.bits),
             )
-            for number, layer in enumerate(layers):
-                layer._books, layer.number = books, number
-        self._store = self.books.stores[self.number]
+            for number, (layer, store) in enumerate(zip(layers, stores, strict=True)):
+                layer._books, layer._allocated, layer.number = books, store, number
+        self._store = self._allocated
         self.unread = set(range(self.batch or batch))
         self.is_initialized = True
 

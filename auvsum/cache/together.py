@@ -13,8 +13,7 @@ and the keys they saw are still where they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,13 +32,16 @@ _MOST_STEPS = 8
 class Books:
     """The books of one layer, or of several like layers.
 
+    A layer's store keeps its books alive, and they the memory of all layers; nothing points back, so that counting
+    references frees it all.
+
     Args:
-        stores: the layers' stores, in the order in which a step visits them. whole: the store over all their rows.
+        whole: the store over the rows of all layers. layers: how many they are.
     """
 
-    def __init__(self, stores: list[SlotStore], whole: SlotStore) -> None:
-        self.stores = stores
+    def __init__(self, whole: SlotStore, layers: int) -> None:
         self.whole = whole
+        self.layers = layers
         self._at: tuple[Tensor, ...] = ()
         self._slot: int | None = None
         self._mask: tuple[Tensor | None, ...] = ()
@@ -48,65 +50,68 @@ class Books:
         #: Position of the token that arrived. The steps that wait: their queries, positions, and what else they need.
         self._position = _NOTHING
         self._waiting: list[tuple[Tensor, Tensor]] = []
-        self._due: Callable[[], None] = self.catch_up
-        for store in (whole, *stores):
-            store.catch_up = self.catch_up
+        #: Whose they are, and the scale of their logits.
+        self._due: tuple[Deferring, float] | None = None
 
     @classmethod
-    def shared(cls, layers: list[int], *, batch: int, **like: Any) -> Books:
-        """Stores for layers with these numbers, in one memory. `like` is what each of them is made of."""
+    def shared(cls, layers: list[int], *, batch: int, **like: Any) -> tuple[Books, list[SlotStore]]:
+        """The books of layers with these numbers, and their stores, in one memory.
+
+        Args:
+            like: what each store is made of.
+        """
         whole = SlotStore(batch=len(layers) * batch, layer=layers[0], **like)
-        if len(layers) == 1:
-            return cls([whole], whole)
+        books = cls(whole, len(layers))
         stores = [whole.part(number * batch, batch, layer) for number, layer in enumerate(layers)]
         whole._heads = stores[0]._heads  # else a few bytes that no layer counts
-        return cls(stores, whole)
+        for store in stores:
+            store.catch_up = books.catch_up
+        return books, stores
 
     @property
     def recalls(self) -> bool:
         """Whether `attend` may be used: keys can be read again without being decoded again."""
         return self.whole.valid.device.type == "cpu" and type(self.whole.codec) is Codec
 
-    def admit(self, policy: SlotPolicy, number: int, key: Tensor, value: Tensor) -> None:
+    def admit(self, policy: SlotPolicy, store: SlotStore, number: int, key: Tensor, value: Tensor) -> None:
         """Writes a layer's new tokens `[B, G, D]` to the slots the policy gives them, before the first layer for all.
 
         Args:
-            number: the layer's, in the order of `stores`.
+            store: the layer's. number: of the layer, in the order in which a step visits them.
         """
         if number == 0:
             self._queries, self._seen = [], []
             self._position = self.whole.seen.to(torch.int32) if isinstance(policy, Deferring) else _NOTHING
             at = policy.place(self.whole)
             self.whole.enter(at)
-            self._at = torch.split(at, at.shape[0] // len(self.stores))
+            self._at = torch.split(at, at.shape[0] // self.layers)
             one = at[:1, :1]
             # Where all heads write to the same slot a slice will do, in a sixth of the time of an indexed write.
             self._slot = int(one) if self.recalls and bool((at == one).all()) else None
             self._mask = self._hide(key.dtype) if self.recalls else ()
-            for store in self.stores:
-                store.decoded()
-        self.stores[number].write(self._at[number] if self._slot is None else self._slot, key, value)
+        store.decoded()
+        store.write(self._at[number] if self._slot is None else self._slot, key, value)
 
     def _hide(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What is added to each layer's logits, `[B, G, 1, S (+ 1)]`; None where all slots are live."""
         valid = self.whole.valid
         if bool(valid.all()):
-            return (None,) * len(self.stores)
+            return (None,) * self.layers
         mask = torch.zeros(valid.shape, dtype=dtype).masked_fill_(~valid, -torch.inf)[:, :, None]
-        return torch.split(mask, mask.shape[0] // len(self.stores))
+        return torch.split(mask, mask.shape[0] // self.layers)
 
-    def attend(self, policy: SlotPolicy, number: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, policy: SlotPolicy, store: SlotStore, number: int, query: Tensor, scale: float) -> Tensor:
         """A layer's attention `[B, G, R, D]` over its slots; behind the last layer the policy observes all of them.
 
         Args:
-            query: `[B, G, R, D]`, R query heads a KV head.
+            store, number: as for `admit`. query: `[B, G, R, D]`, R query heads a KV head.
         """
-        keys, values = self.stores[number].read()
+        keys, values = store.read()
         # The heads of a group are rows of one attention, so that keys and values are not repeated.
         out = functional.scaled_dot_product_attention(query, keys, values, self._mask[number], scale=scale)
         if policy.looks:
             self._queries.append(query)
-        if number == len(self.stores) - 1:
+        if number == self.layers - 1:
             self._end_step(policy, scale)
             self._queries, self._at, self._mask = [], (), ()
         return out
@@ -123,7 +128,7 @@ class Books:
             return
         self._waiting.append((queries, self._position))
         self._position = _NOTHING
-        self._due = partial(self._observe_waiting, policy, scale)
+        self._due = policy, scale
         full = policy.advance(whole)
         if len(full) or len(self._waiting) == _MOST_STEPS:
             self.catch_up()
@@ -132,10 +137,9 @@ class Books:
 
     def catch_up(self) -> None:
         """The policy observes the steps that wait."""
-        if self._waiting:
-            self._due()
-
-    def _observe_waiting(self, policy: Deferring, scale: float) -> None:
+        if not self._waiting or self._due is None:
+            return
+        policy, scale = self._due
         queries, positions = zip(*self._waiting, strict=True)
         self._waiting = []
         # What came later than a step's own token it has not seen; the reconstructed slot has no position.
@@ -158,6 +162,6 @@ class Books:
     def observe(self, policy: SlotPolicy, probabilities: Tensor) -> None:
         """Takes a layer's probabilities `[B, G, S (+ 1)]`; with the last layer's the policy observes all of them."""
         self._seen.append(probabilities)
-        if len(self._seen) == len(self.stores):
+        if len(self._seen) == self.layers:
             policy.observe(self.whole, torch.cat(self._seen) if len(self._seen) > 1 else probabilities)
             self._seen, self._at = [], ()

@@ -374,8 +374,6 @@ class Engine:
         """A cache and its captured step, those that are kept if they are of this kind; or why there is no such step."""
         if kept := self.kept.take(kind):
             return *kept, None
-        if self.device.type == "cuda":  # the layers of the cache before know each other: it goes no other way
-            release_memory(self.device)
         slots, rows, *_ = kind
         cache = make_cache(self.model.config, self.policy, slots, rows, self.bits)
         return cache, *self._graph_for(cache, longest)
