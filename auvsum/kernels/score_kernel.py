@@ -13,11 +13,60 @@ import triton.language as tl
 from torch import Tensor
 
 
+@triton.jit
+def _tile_of_keys(
+    key, g, j, key_head, key_token, columns, DIM: tl.constexpr, DIM_PAD: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Keys `j` of a head, `[keys, DIM_PAD]`."""
+    d = tl.arange(0, DIM_PAD)
+    at = key + g * key_head + j[:, None].to(tl.int64) * key_token + d[None, :]
+    k = tl.load(at, mask=(j < columns)[:, None] & (d < DIM)[None, :], other=0.0)
+    return k.to(tl.float32) if UPCAST else k
+
+
+@triton.jit
+def _probabilities(
+    k, query, norms, head, i, asked, query_head, query_token, scale, chunk,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`exp(q_i·k_j·s - norm_i)` for a tile of keys and queries `i` of a head; 0 where not `asked`."""
+    d = tl.arange(0, DIM_PAD)
+    at = query + head * query_head + i[None, :].to(tl.int64) * query_token + d[:, None]
+    q = tl.load(at, mask=asked[None, :] & (d < DIM)[:, None], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    norm = tl.load(norms + head * chunk + i, mask=asked, other=float("inf"))
+    return tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def _norms_kernel(lse, weights, out, chunk, REPEAT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    """What is taken off a query's logits in base 2, so that `_sums_kernel` has nothing to multiply."""
+    head = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    norm = tl.load(lse + head * chunk + i, mask=i < chunk, other=0.0) * 1.4426950408889634
+    if WEIGHTED:
+        norm -= tl.log2(tl.load(weights + head // REPEAT * chunk + i, mask=i < chunk, other=1.0))
+    tl.store(out + head * chunk + i, norm, mask=i < chunk)
+
+
+def _norms(lse: Tensor, weights: Tensor | None, groups: int) -> Tensor:
+    """`log2(e) lse_i - log2(w_i)`, fp32 `[H, T]`."""
+    _, heads, chunk = lse.shape
+    out = torch.empty((heads, chunk), dtype=torch.float32, device=lse.device)
+    lse = lse[0].contiguous()
+    _norms_kernel[(heads, triton.cdiv(chunk, 1024))](
+        lse, lse if weights is None else weights.contiguous(), out, chunk,
+        REPEAT=heads // groups, WEIGHTED=weights is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 @triton.jit(do_not_specialize=["chunk", "past"])
 def _sums_kernel(
-    query, key, lse, weights, out,
+    query, key, norms, out,
     query_head, query_token, key_head, key_token, scale, chunk, past,
-    REPEAT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WEIGHTED: tl.constexpr,
+    REPEAT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # The first programs to start are those with the most queries: the first keys, of every head.
@@ -25,47 +74,27 @@ def _sums_kernel(
     block = tl.program_id(1)
     columns = past + chunk
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    d = tl.arange(0, DIM_PAD)
-    k = tl.load(
-        key + g * key_head + j[:, None].to(tl.int64) * key_token + d[None, :],
-        mask=(j < columns)[:, None] & (d < DIM)[None, :], other=0.0,
-    )  # fmt: skip
-    if UPCAST:
-        k = k.to(tl.float32)
-    first = tl.maximum(block * BLOCK_K - past, 0) // BLOCK_Q * BLOCK_Q
-    # Queries from here on see the whole block of keys.
-    clear = tl.maximum(block * BLOCK_K + BLOCK_K - 1 - past, 0)
-    clear = tl.minimum((clear + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q, (chunk + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q)
+    k = _tile_of_keys(key, g, j, key_head, key_token, columns, DIM, DIM_PAD, UPCAST)
+    # Blocks of queries: `first` sees the first key, from `clear` on they see all keys.
+    blocks = tl.cdiv(chunk, BLOCK_Q)
+    first = tl.maximum(block * BLOCK_K - past, 0) // BLOCK_Q
+    clear = tl.minimum(tl.cdiv(tl.maximum(block * BLOCK_K + BLOCK_K - 1 - past, 0), BLOCK_Q), blocks)
     total = tl.zeros((BLOCK_K,), tl.float32)
-    for r in range(REPEAT):
-        head = g * REPEAT + r
-        for start in range(first, clear, BLOCK_Q):
-            i = start + tl.arange(0, BLOCK_Q)
-            q = tl.load(
-                query + head * query_head + i[None, :].to(tl.int64) * query_token + d[:, None],
-                mask=(i < chunk)[None, :] & (d < DIM)[:, None], other=0.0,
-            )  # fmt: skip
-            if UPCAST:
-                q = q.to(tl.float32)
-            norm = tl.load(lse + head * chunk + i, mask=i < chunk, other=float("inf")) * 1.4426950408889634
-            a = tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
-            a = tl.where(j[:, None] <= i[None, :] + past, a, 0.0)
-            if WEIGHTED:
-                a = a * tl.load(weights + g * chunk + i, mask=i < chunk, other=0.0)[None, :]
-            total += tl.sum(a, 1)
-        for start in range(clear, chunk, BLOCK_Q):
-            i = start + tl.arange(0, BLOCK_Q)
-            q = tl.load(
-                query + head * query_head + i[None, :].to(tl.int64) * query_token + d[:, None],
-                mask=(i < chunk)[None, :] & (d < DIM)[:, None], other=0.0,
-            )  # fmt: skip
-            if UPCAST:
-                q = q.to(tl.float32)
-            norm = tl.load(lse + head * chunk + i, mask=i < chunk, other=float("inf")) * 1.4426950408889634
-            a = tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
-            if WEIGHTED:
-                a = a * tl.load(weights + g * chunk + i, mask=i < chunk, other=0.0)[None, :]
-            total += tl.sum(a, 1)
+    # One loop over the heads of the group and their queries, so that what is loaded ahead does not stop at each head.
+    seen = clear - first
+    for step in range(REPEAT * seen):
+        i = (first + step % seen) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        head = g * REPEAT + step // seen
+        a = _probabilities(k, query, norms, head, i, i < chunk, query_head, query_token, scale, chunk,
+                           DIM, DIM_PAD, UPCAST)  # fmt: skip
+        total += tl.sum(tl.where(j[:, None] <= i[None, :] + past, a, 0.0), 1)
+    seen = blocks - clear
+    for step in range(REPEAT * seen):
+        i = (clear + step % seen) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        head = g * REPEAT + step // seen
+        a = _probabilities(k, query, norms, head, i, i < chunk, query_head, query_token, scale, chunk,
+                           DIM, DIM_PAD, UPCAST)  # fmt: skip
+        total += tl.sum(a, 1)
     tl.store(out + g * columns + j, total / REPEAT, mask=j < columns)
 
 
@@ -87,14 +116,12 @@ def column_sums(query: Tensor, key: Tensor, lse: Tensor, weights: Tensor | None,
     _, heads, chunk, size = query.shape
     groups, columns = key.shape[1], key.shape[2]
     out = torch.empty((groups, columns), dtype=torch.float32, device=query.device)
-    lse = lse[0].contiguous()
-    weights = None if weights is None else weights.contiguous()
     dim_pad = max(16, triton.next_power_of_2(size))
     block_k, block_q, warps, stages = _blocks(dim_pad)
     _sums_kernel[(groups, triton.cdiv(columns, block_k))](
-        query, key, lse, lse if weights is None else weights, out,
+        query, key, _norms(lse, weights, groups), out,
         query.stride(1), query.stride(2), key.stride(1), key.stride(2), scaling, chunk, past,
-        REPEAT=heads // groups, DIM=size, DIM_PAD=dim_pad, WEIGHTED=weights is not None,
+        REPEAT=heads // groups, DIM=size, DIM_PAD=dim_pad,
         BLOCK_K=block_k, BLOCK_Q=block_q, UPCAST=query.device.type == "cpu" and query.dtype == torch.bfloat16,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -103,7 +130,7 @@ def column_sums(query: Tensor, key: Tensor, lse: Tensor, weights: Tensor | None,
 
 @triton.jit(do_not_specialize=["chunk", "past", "count"])
 def _hits_kernel(
-    query, key, lse, least, out,
+    query, key, norms, least, out,
     query_head, query_token, key_head, key_token, scale, chunk, past, count,
     REPEAT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BITS: tl.constexpr,
     BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
@@ -111,14 +138,8 @@ def _hits_kernel(
     g = tl.program_id(0)
     columns = past + chunk
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    d = tl.arange(0, DIM_PAD)
     bit = tl.arange(0, 32)
-    k = tl.load(
-        key + g * key_head + j[:, None].to(tl.int64) * key_token + d[None, :],
-        mask=(j < columns)[:, None] & (d < DIM)[None, :], other=0.0,
-    )  # fmt: skip
-    if UPCAST:
-        k = k.to(tl.float32)
+    k = _tile_of_keys(key, g, j, key_head, key_token, columns, DIM, DIM_PAD, UPCAST)
     words = tl.cdiv(count, BITS)
     for word in range(words):
         age = word * BITS + bit
@@ -126,15 +147,8 @@ def _hits_kernel(
         i = chunk - 1 - age
         total = tl.zeros((BLOCK_K, 32), tl.float32)
         for r in range(REPEAT):
-            head = g * REPEAT + r
-            q = tl.load(
-                query + head * query_head + i[None, :].to(tl.int64) * query_token + d[:, None],
-                mask=asked[None, :] & (d < DIM)[:, None], other=0.0,
-            )  # fmt: skip
-            if UPCAST:
-                q = q.to(tl.float32)
-            norm = tl.load(lse + head * chunk + i, mask=asked, other=float("inf")) * 1.4426950408889634
-            total += tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * 1.4426950408889634) - norm[None, :])
+            total += _probabilities(k, query, norms, g * REPEAT + r, i, asked, query_head, query_token, scale, chunk,
+                                    DIM, DIM_PAD, UPCAST)  # fmt: skip
         enough = tl.load(least + g * count + (count - 1 - age), mask=asked, other=float("inf")) * REPEAT
         hit = (total >= enough[None, :]) & (j[:, None] <= i[None, :] + past) & asked[None, :]
         found = tl.sum(tl.where(hit, tl.full((1, 32), 1, tl.int32) << bit[None, :], 0), 1)
@@ -157,7 +171,7 @@ def hits(query: Tensor, key: Tensor, lse: Tensor, least: Tensor, scaling: float,
     dim_pad = max(16, triton.next_power_of_2(size))
     block_k = 128 if dim_pad <= 128 else 64
     _hits_kernel[(groups, triton.cdiv(columns, block_k))](
-        query, key, lse[0].contiguous(), least.contiguous(), out,
+        query, key, _norms(lse, None, groups), least.contiguous(), out,
         query.stride(1), query.stride(2), key.stride(1), key.stride(2), scaling, chunk, past, count,
         REPEAT=heads // groups, DIM=size, DIM_PAD=dim_pad, BITS=bits, BLOCK_K=block_k,
         UPCAST=query.device.type == "cpu" and query.dtype == torch.bfloat16, num_warps=4, num_stages=2,
