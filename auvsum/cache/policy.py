@@ -9,9 +9,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -211,13 +213,29 @@ def place_or_replace(store: SlotStore, scores: Tensor, protected: Tensor) -> Ten
 def keep_recent_and_best(scores: Tensor, recent: int, best: int) -> Tensor:
     """The last `recent` columns and the `best` highest scores among the rest, in ascending order: int64 `[G, .]`.
 
-    Columns are in order of position, `scores` is `[G, C]`.
+    Columns are in order of position, `scores` is `[G, C]`, not negative.
     """
+    kernel = _keep_kernel(scores.device.type)
+    if kernel is not None and kernel.supports(scores):
+        kept: Tensor = kernel.keep(scores, recent, best)
+        return kept
     groups, columns = scores.shape
     older = columns - recent
     top = ascending(scores[:, :older])[:, older - best :]
     last = torch.arange(older, columns, device=scores.device).expand(groups, recent)
     return torch.cat([top.sort(-1).values, last], -1)
+
+
+@functools.cache
+def _keep_kernel(device: str) -> ModuleType | None:
+    """The kernel that chooses, for a type of device; None where plain torch does."""
+    if device != "cuda":
+        return None
+    try:
+        from auvsum.kernels import keep
+    except ImportError:  # no Triton
+        return None
+    return keep
 
 
 #: Another name of the same keys.
