@@ -124,6 +124,10 @@ def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
         layer.settle(row, key.shape[2])
     if known.seen or key.shape[2] < known.longest:
         policy.refuse_chunks()
+    kernel = fused_squeeze(key.device.type)
+    if kernel is not None and layer.squeezes and known.live and known.epoch == store.epoch:
+        held: Held = kernel.hold(store, row, key[0], value[0])
+        return held
     return store.hold(row, key[0], value[0])
 
 

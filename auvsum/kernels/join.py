@@ -11,7 +11,7 @@ from torch import Tensor
 @triton.jit(do_not_specialize=["chunk"])
 def _join_kernel(
     query, own, old, own_lse, old_lse, mean_key, mean_value, mean_valid, out, lse_out, chunk, scale,
-    query_head, query_token, own_head, own_token, old_head, old_token, mean_group,
+    query_head, query_token, own_head, own_token, old_head, old_token, mean_group, valid_group,
     HEADS: tl.constexpr, REPEAT: tl.constexpr, FOLDED: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def _join_kernel(
     most = tl.maximum(mine_lse, theirs_lse)
     if FOLDED:
         g = head // REPEAT
-        valid = tl.load(mean_valid + g) != 0
+        valid = tl.load(mean_valid + g * valid_group) != 0
         mean_k = tl.load(mean_key + g * mean_group + d, mask=d < DIM, other=0.0).to(tl.float32)
         mean_v = tl.load(mean_value + g * mean_group + d, mask=d < DIM, other=0.0).to(tl.float32)
         q = tl.load(query + head * query_head + at * query_token + d[None, :], mask=tile, other=0.0).to(tl.float32)
@@ -72,9 +72,10 @@ def join(
     block = max(1, 4096 // dim_pad)
     _join_kernel[(heads, triton.cdiv(chunk, block))](
         query, own[0], old[0], own[1].contiguous(), old[1].contiguous(),
-        key.contiguous(), value.contiguous(), valid.contiguous().view(torch.uint8) if folded else valid, out, lse,
+        key, value, valid.view(torch.uint8) if folded else valid, out, lse,
         chunk, scaling,
-        query.stride(1), query.stride(2), own[0].stride(1), own[0].stride(2), old[0].stride(1), old[0].stride(2), size,
+        query.stride(1), query.stride(2), own[0].stride(1), own[0].stride(2), old[0].stride(1), old[0].stride(2),
+        key.stride(0), valid.stride(0),
         HEADS=heads, REPEAT=heads // groups, FOLDED=folded is not None, DIM=size, DIM_PAD=dim_pad, BLOCK=block,
         num_warps=4,
     )  # fmt: skip

@@ -6,12 +6,72 @@ tested against), and launching them takes longer than reading a prompt of 1,900 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from auvsum.cache.store import Counts, Held, SlotStore
+
+#: Columns that a program folds at a time, and the most programs a head.
+_COLUMNS, _SPLITS = 32, 32
+
+
+@triton.jit(do_not_specialize=["row", "live", "columns", "slots", "seen"])
+def _hold_kernel(
+    keys, values, positions, in1, in2, in3, new_key, new_value,
+    key, value, positions_out, out1, out2, out3,
+    key_head, key_token, value_head, value_token, row, live, columns, slots, seen,
+    STATES: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DIM_PAD)
+    base = (row.to(tl.int64) * GROUPS + g) * slots
+    here = column < columns
+    held = column < live
+    old = held[:, None] & (d < DIM)[None, :]
+    new = (here & (column >= live))[:, None] & (d < DIM)[None, :]
+    tile = here[:, None] & (d < DIM)[None, :]
+    source = (base + column)[:, None] * DIM + d[None, :]
+    fresh = (column - live)[:, None].to(tl.int64)
+    to = (g.to(tl.int64) * columns + column)[:, None] * DIM + d[None, :]
+    k = tl.load(new_key + g * key_head + fresh * key_token + d[None, :], mask=new, other=0.0)
+    tl.store(key + to, tl.where(old, tl.load(keys + source, mask=old, other=0.0), k), mask=tile)
+    v = tl.load(new_value + g * value_head + fresh * value_token + d[None, :], mask=new, other=0.0)
+    tl.store(value + to, tl.where(old, tl.load(values + source, mask=old, other=0.0), v), mask=tile)
+    at = g * columns + column
+    position = tl.load(positions + base + column, mask=held, other=0)
+    tl.store(positions_out + at, tl.where(held, position, seen + column - live), mask=here)
+    if STATES > 0:
+        tl.store(out1 + at, tl.load(in1 + base + column, mask=held, other=0.0), mask=here)
+    if STATES > 1:
+        tl.store(out2 + at, tl.load(in2 + base + column, mask=held, other=0.0), mask=here)
+    if STATES > 2:
+        tl.store(out3 + at, tl.load(in3 + base + column, mask=held, other=0.0), mask=here)
+
+
+def hold(store: SlotStore, row: int, key: Tensor, value: Tensor) -> Held:
+    """`SlotStore.hold` for a row that lies in order of position, as `squeeze` leaves it, and is not empty."""
+    known = store.counts[row]
+    groups, chunk, size = key.shape
+    live = known.live
+    columns = live + chunk
+    keys, values = (torch.empty((groups, columns, size), dtype=x.dtype, device=x.device) for x in (key, value))
+    positions = torch.empty((groups, columns), dtype=torch.int32, device=key.device)
+    sources = list(store.state.values())
+    states = [torch.empty((groups, columns), dtype=torch.float32, device=key.device) for _ in sources]
+    unused = [store.longest] * (3 - len(states))
+    _hold_kernel[(groups, triton.cdiv(columns, 32))](
+        store.keys[0], store.values[0], store.positions, *sources, *unused, key, value,
+        keys, values, positions, *states, *unused,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        row, live, columns, store.positions.shape[-1], known.seen, STATES=len(states), GROUPS=groups,
+        DIM=size, DIM_PAD=max(16, triton.next_power_of_2(size)), BLOCK=32, num_warps=4,
+    )  # fmt: skip
+    return Held(keys, values, positions, dict(zip(store.state, states, strict=True)), chunk)
 
 
 @triton.jit(do_not_specialize=["row", "columns", "kept", "slots", "capacity", "seen"])
@@ -59,45 +119,61 @@ def _fill_kernel(
 
 @triton.jit(do_not_specialize=["row", "columns", "slots"])
 def _fold_kernel(
-    key, value, weights, keys, values, valid, folded_key, folded_value, folded_mass,
+    key, value, weights, keys, values, valid, folded_key, folded_value, folded_mass, parts, tickets,
     key_head, key_token, value_head, value_token, row, columns, slots,
-    GROUPS: tl.constexpr, FRESH: tl.constexpr, DIM: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, FRESH: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Eqs. 7 and 8 for `PART` of the head dimension."""
+    """Eqs. 7 and 8: `SPLITS` programs a head add up their columns, the last of them adds up what they found."""
     g = tl.program_id(0)
-    part = tl.program_id(1)
-    d = part * PART + tl.arange(0, PART)
+    split = tl.program_id(1)
+    d = tl.arange(0, DIM_PAD)
+    ok = d < DIM
     head = row.to(tl.int64) * GROUPS + g
-    total_key = tl.zeros((BLOCK, PART), tl.float32)
-    total_value = tl.zeros((BLOCK, PART), tl.float32)
+    total_key = tl.zeros((BLOCK, DIM_PAD), tl.float32)
+    total_value = tl.zeros((BLOCK, DIM_PAD), tl.float32)
     added = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
+    for start in range(split * BLOCK, columns, SPLITS * BLOCK):
         n = start + tl.arange(0, BLOCK)
         w = tl.load(weights + g * columns + n, mask=n < columns, other=0.0)
-        tile = (w > 0)[:, None] & (d < DIM)[None, :]
+        tile = (w > 0)[:, None] & ok[None, :]
         at = n[:, None].to(tl.int64)
         k = tl.load(key + g * key_head + at * key_token + d[None, :], mask=tile, other=0.0).to(tl.float32)
         v = tl.load(value + g * value_head + at * value_token + d[None, :], mask=tile, other=0.0).to(tl.float32)
         total_key += k * w[:, None]
         total_value += v * w[:, None]
         added += w
-    mass = tl.sum(added, 0)
-    sum_key = tl.sum(total_key, 0)
-    sum_value = tl.sum(total_value, 0)
-    ok = d < DIM
-    if not FRESH:
-        old = tl.load(folded_mass + head)
-        sum_key += tl.load(folded_key + head * DIM + d, mask=ok, other=0.0) * old
-        sum_value += tl.load(folded_value + head * DIM + d, mask=ok, other=0.0) * old
-        mass += old
-    divisor = tl.where(mass > 0, mass, 1.0)
-    last = (head * (slots + 1) + slots) * DIM
-    tl.store(folded_key + head * DIM + d, sum_key / divisor, mask=ok)
-    tl.store(folded_value + head * DIM + d, sum_value / divisor, mask=ok)
-    tl.store(keys + last + d, sum_key / divisor, mask=ok)
-    tl.store(values + last + d, sum_value / divisor, mask=ok)
-    if part == 0:
+    part = parts + (g * SPLITS + split) * (2 * DIM_PAD + 1)
+    tl.store(part + d, tl.sum(total_key, 0))
+    tl.store(part + DIM_PAD + d, tl.sum(total_value, 0))
+    tl.store(part + 2 * DIM_PAD, tl.sum(added, 0))
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + g, 1) == SPLITS - 1:
+        tl.store(tickets + g, 0)
+        s = tl.arange(0, SPLITS)
+        all_parts = parts + (g * SPLITS + s[:, None]) * (2 * DIM_PAD + 1) + d[None, :]
+        sum_key = tl.sum(tl.load(all_parts, cache_modifier=".cg"), 0)
+        sum_value = tl.sum(tl.load(all_parts + DIM_PAD, cache_modifier=".cg"), 0)
+        mass = tl.sum(tl.load(parts + (g * SPLITS + s) * (2 * DIM_PAD + 1) + 2 * DIM_PAD, cache_modifier=".cg"), 0)
+        if not FRESH:
+            old = tl.load(folded_mass + head)
+            sum_key += tl.load(folded_key + head * DIM + d, mask=ok, other=0.0) * old
+            sum_value += tl.load(folded_value + head * DIM + d, mask=ok, other=0.0) * old
+            mass += old
+        divisor = tl.where(mass > 0, mass, 1.0)
+        last = (head * (slots + 1) + slots) * DIM
+        tl.store(folded_key + head * DIM + d, sum_key / divisor, mask=ok)
+        tl.store(folded_value + head * DIM + d, sum_value / divisor, mask=ok)
+        tl.store(folded_mass + head, mass)
+        tl.store(keys + last + d, sum_key / divisor, mask=ok)
+        tl.store(values + last + d, sum_value / divisor, mask=ok)
         tl.store(valid + head * (slots + 1) + slots, (mass > 0).to(tl.uint8))
+
+
+@functools.cache
+def _tickets(device: torch.device, groups: int) -> Tensor:
+    """How many programs of each head are done; every launch leaves zeros."""
+    return torch.zeros(groups, dtype=torch.int32, device=device)
 
 
 def squeeze(store: SlotStore, row: int, held: Held, keep: Tensor | None, folds_by: str) -> None:
@@ -132,14 +208,14 @@ def squeeze(store: SlotStore, row: int, held: Held, keep: Tensor | None, folds_b
         DIM=size, DIM_PAD=dim_pad, BLOCK=32, num_warps=4,
     )  # fmt: skip
     if folding and keep is not None:
-        weights = held.state[folds_by].scatter(-1, keep, 0.0)
-        part = min(32, dim_pad)
-        _fold_kernel[(groups, triton.cdiv(size, part))](
+        weights = states[list(store.state).index(folds_by)].scatter_(-1, keep, 0.0)  # nobody reads the state after this
+        splits = min(_SPLITS, triton.next_power_of_2(triton.cdiv(columns, 4 * _COLUMNS)))
+        parts = torch.empty(groups * splits * (2 * dim_pad + 1), dtype=torch.float32, device=valid.device)
+        _fold_kernel[(groups, splits)](
             held.key, held.value, weights, store.keys[0], store.values[0], valid,
-            store.folded_key, store.folded_value, store.folded_mass, *strides, row, columns, store.slots,
-            GROUPS=groups, FRESH=fresh, DIM=size, PART=part, BLOCK=128, num_warps=4,
+            store.folded_key, store.folded_value, store.folded_mass, parts, _tickets(valid.device, groups),
+            *strides, row, columns, store.slots,
+            GROUPS=groups, FRESH=fresh, SPLITS=splits, DIM=size, DIM_PAD=dim_pad, BLOCK=_COLUMNS, num_warps=4,
         )  # fmt: skip
-        mass = weights.sum(-1)
-        store.folded_mass[row] = mass if fresh else mass + store.folded_mass[row]
         known.folded = True
     known.live, known.seen = kept, known.seen + held.chunk

@@ -19,13 +19,25 @@ from tests import tiny
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
+from auvsum.cache import policy as policy_module
 from auvsum.cache.policies.auv import AUV
 from auvsum.cache.policies.full import Full
 from auvsum.cache.policies.h2o import H2O
 from auvsum.cache.policy import Policy
-from auvsum.cache.store import SlotStore
+from auvsum.cache.store import Held, SlotStore
 from auvsum.engine.fuse import fuse
-from auvsum.kernels import column_scores, decode_step, join, matvec, norm, pointwise, reference, score_kernel, squeeze
+from auvsum.kernels import (
+    column_scores,
+    decode_step,
+    join,
+    keep,
+    matvec,
+    norm,
+    pointwise,
+    reference,
+    score_kernel,
+    squeeze,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -299,6 +311,29 @@ def test_sums_and_hits_of_the_last_queries(
         assert bool((got >> bits == 0).all())
 
 
+@pytest.mark.parametrize(("columns", "recent", "best"), [(50, 0, 20), (51, 17, 1), (700, 100, 599), (1500, 5, 0)])
+@pytest.mark.parametrize("scores", ["different", "tied", "large", "infinite"])
+def test_what_is_kept(columns: int, recent: int, best: int, scores: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two stable sorts choose, whatever the scores are."""
+    drawn = torch.rand(3, columns, device=DEVICE)
+    if scores == "tied":
+        drawn = (drawn * 3).floor()
+    if scores == "large":
+        drawn = (drawn * 60 - 30).exp2()
+    if scores == "infinite":
+        drawn[:, columns - recent - best // 2 - 1 :] = torch.inf
+    got = keep.keep(drawn, recent, best)
+    monkeypatch.setattr(policy_module, "_keep_kernel", lambda _: None)
+    assert torch.equal(got, policy_module.keep_recent_and_best(drawn, recent, best))
+
+
+def same_held(first: Held, second: Held) -> None:
+    assert (first.chunk, first.state.keys()) == (second.chunk, second.state.keys())
+    for name in ("key", "value", "positions"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert all(torch.equal(values, second.state[name]) for name, values in first.state.items())
+
+
 @pytest.mark.parametrize("name", ["auv", "auv top 1, no slot", "h2o", "full"])
 def test_squeeze_fills_and_folds(name: str) -> None:
     """Two chunks into one row of three: what is kept, what is folded, and the neighbours untouched."""
@@ -317,6 +352,8 @@ def test_squeeze_fills_and_folds(name: str) -> None:
             values.copy_(torch.rand(values.shape, device=DEVICE))
         other = fused.hold(1, key, value)
         assert torch.equal(other.positions, held.positions)
+        if fused.counts[1].live:
+            same_held(squeeze.hold(fused, 1, key, value), other)
         other.state = {name: values.clone() for name, values in held.state.items()}
         keep = None
         if kept is not None:
@@ -397,11 +434,16 @@ def test_a_fused_model_computes_the_same(family: str) -> None:
     """And it is the fused code that ran: the model's own rotary function is not called any more."""
     model = (tiny.tiny_llama() if family == "llama" else tiny.tiny_opt()).to(DEVICE)
     ids = torch.arange(7, 19, device=DEVICE)[None]
-    wanted = model(ids).logits
+    plain = model(ids, output_hidden_states=True)
+    wanted = plain.logits
     fuse(model)
-    close(model(ids).logits, wanted, 1e-4, "logits")
+    fused = model(ids, output_hidden_states=True)
+    close(fused.logits, wanted, 1e-4, "logits")
+    for got, expected in zip(fused.hidden_states, plain.hidden_states, strict=True):
+        close(got, expected, 1e-4, "hidden states, which later layers leave alone")
     close(model(ids[:, :1]).logits, wanted[:, :1], 1e-4, "one token")
     if family == "llama":
         attention, feed_forward = model.model.layers[0].self_attn, model.model.layers[0].mlp
         assert attention.forward.__globals__["apply_rotary_pos_emb"].__name__ == "turned"
         assert "forward" in vars(feed_forward)
+        assert "forward" in vars(model.model.layers[0])
