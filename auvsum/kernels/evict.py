@@ -40,6 +40,7 @@ def _address(entry, like: tl.constexpr):
 def _evict_head(
     keys, values, positions, valid, first, second, third, folded_key, folded_value, folded_mass, slots, local, decay,
     RECONSTRUCT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """The `local` least of the candidate region `[0, 2L)` go; the write region `[2L, 3L)` takes their slots."""
     slot = tl.arange(0, PADDED)
@@ -54,7 +55,8 @@ def _evict_head(
     victim = candidate & (most_scored(composite, candidate, position, local, PADDED) == 0)
 
     # -- what slot s holds afterwards was in slot source[s]: state first, in registers
-    source = tl.where(victim, 2 * local + tl.cumsum(victim.to(tl.int32), 0) - 1, slot)
+    counted = tl.cumsum(victim.to(tl.int32), 0)
+    source = tl.where(victim, 2 * local + counted - 1, slot)
     least = tl.min(tl.where(inside & (victim == 0), usage, float("inf")), 0)
     tl.store(positions + slot, tl.where(candidate, tl.gather(position, source, 0), -1), mask=inside)
     tl.store(valid + slot, candidate.to(tl.uint8), mask=inside)
@@ -62,9 +64,14 @@ def _evict_head(
     tl.store(second + slot, tl.where(candidate, tl.gather(cnt, source, 0), 0.0), mask=inside)
     tl.store(third + slot, tl.where(candidate, (tl.gather(usage, source, 0) - least) * decay, 0.0), mask=inside)
 
+    # -- the slot of the victim of each number: the first up to which that many are counted
+    target = tl.zeros((PADDED,), tl.int32)
+    for halving in tl.static_range(STEPS):
+        half = PADDED >> (halving + 1)
+        target += tl.where(tl.gather(counted, target + half - 1, 0) <= slot, half, 0)
+
     # -- fold the victims' vectors, and put the new ones in their places
     weight = tl.where(victim, aas, 0.0)
-    moves = tl.where(victim, source, -1)
     mass = tl.zeros((), tl.float32)
     total_key = tl.zeros((DIM_PAD,), tl.float32)
     total_value = tl.zeros((DIM_PAD,), tl.float32)
@@ -72,14 +79,13 @@ def _evict_head(
         mass = tl.load(folded_mass)
         total_key = tl.load(folded_key + d, mask=d < DIM, other=0.0) * mass
         total_value = tl.load(folded_value + d, mask=d < DIM, other=0.0) * mass
-    for start in range(0, 2 * local, BLOCK):
+    for start in range(0, local, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        here = tl.minimum(n, PADDED - 1)
-        origin = tl.where(n < 2 * local, tl.gather(moves, here, 0), -1)
-        moved = (origin >= 0)[:, None] & (d < DIM)[None, :]
-        to = n[:, None] * DIM + d[None, :]
-        at = origin[:, None] * DIM + d[None, :]
-        share = tl.gather(weight, here, 0)[:, None]
+        moved = (n < local)[:, None] & (d < DIM)[None, :]
+        place = tl.gather(target, tl.minimum(n, PADDED - 1), 0)
+        share = tl.where(n < local, tl.gather(weight, place, 0), 0.0)[:, None]
+        to = place[:, None] * DIM + d[None, :]
+        at = (2 * local + n)[:, None] * DIM + d[None, :]
         new_key = tl.load(keys + at, mask=moved, other=0.0)
         new_value = tl.load(values + at, mask=moved, other=0.0)
         if RECONSTRUCT:
@@ -106,7 +112,7 @@ def _evict_head(
 def _evict_kernel(
     table, tickets, decay, rows,
     KIND: tl.constexpr, RECONSTRUCT: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1)
     layer = tl.program_id(2)
@@ -129,7 +135,7 @@ def _evict_kernel(
             _address(table + 10, tl.float32) + base,
             _address(table + 11, tl.float32) + head * DIM, _address(table + 12, tl.float32) + head * DIM,
             _address(table + 13, tl.float32) + head, slots, local, decay,
-            RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED,
+            RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED, STEPS,
         )  # fmt: skip
     # The last of the row's programs has outlived every other's look at the pointer.
     tl.debug_barrier()
@@ -176,7 +182,7 @@ def evict(policy: AUV, stores: Sequence[SlotStore]) -> None:
     _evict_kernel[(splits, batch, layers)](
         _table(policy, stores), _tickets(device, layers * batch), policy.decay, batch,
         KIND=_KINDS[first.keys[0].dtype], RECONSTRUCT=int(first.reconstruct), GROUPS=groups, DIM=size, DIM_PAD=dim_pad,
-        BLOCK=max(1, warps * _TILE // dim_pad), PADDED=padded, num_warps=warps,
+        BLOCK=max(1, warps * _TILE // dim_pad), PADDED=padded, STEPS=padded.bit_length() - 1, num_warps=warps,
     )  # fmt: skip
 
 
