@@ -2,13 +2,15 @@
 
 The query, key and value projections (and Llama's gate and up projections) become views of one packed weight and one
 matrix product; OPT's first feed-forward layer takes its ReLU along; a single token goes through a kernel that does
-nothing but stream weights. Llama's rotary turn and its gate are one launch each. Numbers change by rounding only. The
+nothing but stream weights. Llama's rotary turn and its gate are one launch each, and its sums with the residual are
+part of the products before them. Numbers change by rounding only. The
 weights keep their names and are not held twice.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +21,9 @@ from torch.nn import functional
 
 Product = Callable[[Tensor, Tensor, "Tensor | None", bool], Tensor]
 
-#: What the code of Llama's feed-forward layer refers to, and how its rotary function is called.
+#: What the code of Llama's feed-forward and decoder layers refers to, and how its rotary function is called.
 _GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")
+_LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _TURN = "apply_rotary_pos_emb"
 
 #: Attributes of a module that read the same input, and the name of what they belong to.
@@ -65,16 +68,29 @@ class _Part(nn.Module):
 
 
 class _Streamed(nn.Module):
-    """A linear layer, with its activation where that is a ReLU."""
+    """A linear layer, with its activation where that is a ReLU.
+
+    Attributes:
+        onto: what the next output is added to; `own` says whether that may happen in its place.
+    """
 
     def __init__(self, layer: nn.Linear, product: Product, relu: bool) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.product, self.relu = product, relu
+        self.onto: Tensor | None = None
+        self.own = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias, self.relu)
+        onto, self.onto = self.onto, None
+        if onto is None:
+            return self.product(x, self.weight, self.bias, self.relu)
+        if x.numel() == x.shape[-1]:
+            return onto + self.product(x, self.weight, None, False)
+        sums, rows = onto.view(-1, onto.shape[-1]), x.reshape(-1, x.shape[-1])
+        sums = sums.addmm_(rows, self.weight.t()) if self.own else torch.addmm(sums, rows, self.weight.t())
+        return sums.view(onto.shape)
 
 
 class _Norm(nn.Module):
@@ -120,6 +136,23 @@ def _is_gated(module: nn.Module) -> bool:
     packed = isinstance(getattr(module, "gate_proj", None), _Part)
     silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
     return packed and silu and getattr(code, "co_names", ()) == _GATED
+
+
+def _decoder_layer(module: Any, hidden_states: Tensor, **more: Any) -> Tensor:
+    """Llama's decoder layer, whose two sums are part of the matrix products before them."""
+    attend, ahead, after = module.self_attn, module.self_attn.o_proj, module.mlp.down_proj
+    ahead.onto, ahead.own = hidden_states, False  # others may hold it
+    hidden_states, _ = attend(module.input_layernorm(hidden_states), **more)
+    after.onto, after.own = hidden_states, True
+    out: Tensor = module.mlp(module.post_attention_layernorm(hidden_states))
+    return out
+
+
+def _is_layer(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    last = [getattr(getattr(module, a, None), b, None) for a, b in (("self_attn", "o_proj"), ("mlp", "down_proj"))]
+    plain = all(type(layer) is _Streamed and layer.bias is None for layer in last)
+    return plain and getattr(code, "co_names", ()) == _LAYER
 
 
 def _turn(theirs: Any, ours: Any) -> Any:
@@ -189,6 +222,9 @@ def fuse(model: nn.Module) -> None:
         if _is_gated(module):
             module.forward = functools.partial(_feed_forward, module, gate)
         _fuse_turn(module, turn, next(model.parameters()).device)
+    for module in model.modules():
+        if _is_layer(module):
+            module.forward = functools.partial(_decoder_layer, module)
     model.auvsum_fused = True  # type: ignore[assignment]
 
 
