@@ -39,6 +39,8 @@ from auvsum.events import Finished, Token
 PROMPT, SLOTS, NEW = 1900, 104, 64
 #: Prompts read for a large batch; the other rows start as copies of theirs.
 _DISTINCT = 4
+#: Memory that may be used, an H100's, whatever the GPU has.
+_MEMORY = 78 * 2**30
 #: Prompts whose tokens are held against the torch path's.
 _CHECKED = 4
 #: Seconds that the table may take, and those that are worth a try at compiling.
@@ -53,6 +55,9 @@ class Bench:
         self.model: Any = None
         self.shape = ""
         self.started = time.perf_counter()
+        total = torch.cuda.get_device_properties(0).total_memory
+        self.memory = min(_MEMORY, total)
+        torch.cuda.set_per_process_memory_fraction(self.memory / total)
         self.bandwidth, self.rate = ceilings()
 
     def forget(self) -> None:
@@ -458,8 +463,8 @@ def main() -> None:
         torch.cuda.empty_cache()
         print(f"-- {section} done at {time.perf_counter() - bench.started:.0f} s", flush=True)
         record = {
-            "benchmark": "gpu", "bandwidth": bench.bandwidth, "rate": bench.rate, "machine": common.machine(),
-            "versions": common.versions(), "rows": bench.rows,
+            "benchmark": "gpu", "memory": bench.memory, "bandwidth": bench.bandwidth, "rate": bench.rate,
+            "machine": common.machine(), "versions": common.versions(), "rows": bench.rows,
         }  # fmt: skip
         if options.out:
             options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """AUV's multi-step eviction (eqs. 5 to 8), one launch for all layers (Triton).
 
 Nothing of an eviction is needed before the next token, so it runs once a step behind the last layer, and a step in
-which no row is full waits for one launch and not for one a layer. A program takes some heads of one row of one layer;
-it ends at once where the row is not full. The layers' stores lie anywhere: their addresses come from a table.
+which no row is full waits for one launch and not for one a layer. A program takes one head of some rows of one layer;
+it ends at once where none of them is full. The layers' stores lie anywhere: their addresses come from a table.
 
 Up to 256 slots a program is one warp: a head's state is a few registers a thread, moved by shuffles, and a
 multiprocessor holds enough programs to hide each other's waits (docs/LOG.md).
@@ -25,8 +25,8 @@ from auvsum.kernels.select import most_scored
 
 #: Elements of a tile of victims a warp.
 _TILE = 1024
-#: Programs that a launch has at least, where there are heads enough, and programs a row.
-_PROGRAMS, _SPLITS = 2048, 4
+#: Programs that a launch should have, most of which find nothing to do, and the most rows that one looks after.
+_PROGRAMS, _MOST_ROWS = 12800, 32
 #: Entries of the table a layer.
 _ENTRIES = tl.constexpr(14)
 
@@ -112,21 +112,25 @@ def _evict_head(
 def _evict_kernel(
     table, tickets, decay, rows,
     KIND: tl.constexpr, RECONSTRUCT: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1)
+    g = tl.program_id(0)
+    b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     layer = tl.program_id(2)
     table += layer * _ENTRIES
-    pointer_at = _address(table, tl.int64) + b
-    pointer = tl.load(pointer_at)
-    capacity = tl.load(_address(table + 1, tl.int64) + b)
-    active = tl.load(_address(table + 2, tl.uint8) + b)
-    if (pointer != capacity) | (active == 0):
+    pointers = _address(table, tl.int64)
+    pointer = tl.load(pointers + b, mask=b < rows, other=0)
+    capacity = tl.load(_address(table + 1, tl.int64) + b, mask=b < rows, other=1)
+    active = tl.load(_address(table + 2, tl.uint8) + b, mask=b < rows, other=0)
+    full = (pointer == capacity) & (active != 0)
+    left = tl.sum(full.to(tl.int32), 0)
+    if left == 0:
         return
-    local = (capacity // 3).to(tl.int32)
     slots = tl.load(table + 3).to(tl.int32)
-    for g in range(tl.program_id(0), GROUPS, tl.num_programs(0)):
-        head = b.to(tl.int64) * GROUPS + g
+    while left > 0:
+        row = tl.min(tl.where(full, b, rows), 0)
+        local = (tl.sum(tl.where(b == row, capacity, 0), 0) // 3).to(tl.int32)
+        head = row.to(tl.int64) * GROUPS + g
         base = head * (slots + RECONSTRUCT)
         _evict_head(
             _address(table + 4, KIND) + base * DIM, _address(table + 5, KIND) + base * DIM,
@@ -137,11 +141,13 @@ def _evict_kernel(
             _address(table + 13, tl.float32) + head, slots, local, decay,
             RECONSTRUCT, DIM, DIM_PAD, BLOCK, PADDED, STEPS,
         )  # fmt: skip
-    # The last of the row's programs has outlived every other's look at the pointer.
-    tl.debug_barrier()
-    if tl.atomic_add(tickets + layer * rows + b, 1, sem="relaxed") == tl.num_programs(0) - 1:
-        tl.store(tickets + layer * rows + b, 0)
-        tl.store(pointer_at, 2 * local.to(tl.int64))
+        # The last of the row's programs has outlived every other's look at the pointer.
+        tl.debug_barrier()
+        if tl.atomic_add(tickets + layer * rows + row, 1, sem="relaxed") == GROUPS - 1:
+            tl.store(tickets + layer * rows + row, 0)
+            tl.store(pointers + row, 2 * local.to(tl.int64))
+        full = full & (b != row)
+        left -= 1
 
 
 @functools.cache  # for good: captured steps hold its address
@@ -170,6 +176,11 @@ def _table(policy: AUV, stores: Sequence[SlotStore]) -> Tensor:
     return known[which]
 
 
+def rows_together(batch: int, layers: int, groups: int) -> int:
+    """Rows that one program looks after: few programs where rows are many, since in most steps most rows go on."""
+    return int(min(_MOST_ROWS, triton.next_power_of_2(triton.cdiv(batch * layers * groups, _PROGRAMS))))
+
+
 def evict(policy: AUV, stores: Sequence[SlotStore]) -> None:
     """Evicts where a row is full, in all layers of one device and shape; their numbers of slots may differ."""
     first = stores[0]
@@ -178,11 +189,12 @@ def evict(policy: AUV, stores: Sequence[SlotStore]) -> None:
     padded = max(16, triton.next_power_of_2(max(store.slots for store in stores)))
     dim_pad = max(16, triton.next_power_of_2(size))
     warps = 1 if padded <= 256 else 4 if padded <= 1024 else 8
-    splits = min(groups, max(_SPLITS, triton.cdiv(_PROGRAMS, batch * layers)))
-    _evict_kernel[(splits, batch, layers)](
+    together = rows_together(batch, layers, groups)
+    _evict_kernel[(groups, triton.cdiv(batch, together), layers)](
         _table(policy, stores), _tickets(device, layers * batch), policy.decay, batch,
         KIND=_KINDS[first.keys[0].dtype], RECONSTRUCT=int(first.reconstruct), GROUPS=groups, DIM=size, DIM_PAD=dim_pad,
-        BLOCK=max(1, warps * _TILE // dim_pad), PADDED=padded, STEPS=padded.bit_length() - 1, num_warps=warps,
+        BLOCK=max(1, warps * _TILE // dim_pad), PADDED=padded, STEPS=padded.bit_length() - 1,
+        ROWS=together, num_warps=warps,
     )  # fmt: skip
 
 

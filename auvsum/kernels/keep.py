@@ -43,6 +43,6 @@ def keep(scores: Tensor, recent: int, best: int) -> Tensor:
     padded = max(16, triton.next_power_of_2(columns))
     _keep_kernel[(groups,)](
         scores.contiguous(), out, columns, columns - recent, best,
-        PADDED=padded, num_warps=min(32, max(4, padded // 1024)),
+        PADDED=padded, num_warps=min(32, max(4, padded // 512)),
     )  # fmt: skip
     return out

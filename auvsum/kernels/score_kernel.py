@@ -70,32 +70,26 @@ def _sums_kernel(
     BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # The first programs to start are those with the most queries: the first keys, of every head.
-    g = tl.program_id(0)
+    head = tl.program_id(0)
     block = tl.program_id(1)
     columns = past + chunk
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = _tile_of_keys(key, g, j, key_head, key_token, columns, DIM, DIM_PAD, UPCAST)
-    # Blocks of queries: `first` sees the first key, from `clear` on they see all keys.
-    blocks = tl.cdiv(chunk, BLOCK_Q)
-    first = tl.maximum(block * BLOCK_K - past, 0) // BLOCK_Q
-    clear = tl.minimum(tl.cdiv(tl.maximum(block * BLOCK_K + BLOCK_K - 1 - past, 0), BLOCK_Q), blocks)
+    k = _tile_of_keys(key, head // REPEAT, j, key_head, key_token, columns, DIM, DIM_PAD, UPCAST)
+    # The first queries that see one of the keys, and those from which on all keys are seen.
+    first = tl.maximum(block * BLOCK_K - past, 0) // BLOCK_Q * BLOCK_Q
+    clear = tl.cdiv(tl.maximum(block * BLOCK_K + BLOCK_K - 1 - past, 0), BLOCK_Q) * BLOCK_Q
     total = tl.zeros((BLOCK_K,), tl.float32)
-    # One loop over the heads of the group and their queries, so that what is loaded ahead does not stop at each head.
-    seen = clear - first
-    for step in range(REPEAT * seen):
-        i = (first + step % seen) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        head = g * REPEAT + step // seen
+    for start in range(first, tl.minimum(clear, chunk), BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
         a = _probabilities(k, query, norms, head, i, i < chunk, query_head, query_token, scale, chunk,
                            DIM, DIM_PAD, UPCAST)  # fmt: skip
         total += tl.sum(tl.where(j[:, None] <= i[None, :] + past, a, 0.0), 1)
-    seen = blocks - clear
-    for step in range(REPEAT * seen):
-        i = (clear + step % seen) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        head = g * REPEAT + step // seen
+    for start in range(clear, chunk, BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
         a = _probabilities(k, query, norms, head, i, i < chunk, query_head, query_token, scale, chunk,
                            DIM, DIM_PAD, UPCAST)  # fmt: skip
         total += tl.sum(a, 1)
-    tl.store(out + g * columns + j, total / REPEAT, mask=j < columns)
+    tl.store(out + head * columns + j, total, mask=j < columns)
 
 
 def _blocks(dim_pad: int) -> tuple[int, int, int, int]:
@@ -115,17 +109,18 @@ def column_sums(query: Tensor, key: Tensor, lse: Tensor, weights: Tensor | None,
     """
     _, heads, chunk, size = query.shape
     groups, columns = key.shape[1], key.shape[2]
-    out = torch.empty((groups, columns), dtype=torch.float32, device=query.device)
+    out = torch.empty((heads, columns), dtype=torch.float32, device=query.device)
     dim_pad = max(16, triton.next_power_of_2(size))
     block_k, block_q, warps, stages = _blocks(dim_pad)
-    _sums_kernel[(groups, triton.cdiv(columns, block_k))](
+    # A program a head and not a group, whose longest would take longer than all others together.
+    _sums_kernel[(heads, triton.cdiv(columns, block_k))](
         query, key, _norms(lse, weights, groups), out,
         query.stride(1), query.stride(2), key.stride(1), key.stride(2), scaling, chunk, past,
         REPEAT=heads // groups, DIM=size, DIM_PAD=dim_pad,
         BLOCK_K=block_k, BLOCK_Q=block_q, UPCAST=query.device.type == "cpu" and query.dtype == torch.bfloat16,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out
+    return out if heads == groups else out.view(groups, heads // groups, columns).mean(1)
 
 
 @triton.jit(do_not_specialize=["chunk", "past", "count"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from auvsum.cache.store import Counts, Held, SlotStore
 
 #: Columns that a program folds at a time, and the most programs a head.
-_COLUMNS, _SPLITS = 32, 32
+_COLUMNS, _SPLITS = 32, 64
 
 
 @triton.jit(do_not_specialize=["row", "live", "columns", "slots", "seen"])
@@ -136,12 +136,13 @@ def _fold_kernel(
     for start in range(split * BLOCK, columns, SPLITS * BLOCK):
         n = start + tl.arange(0, BLOCK)
         w = tl.load(weights + g * columns + n, mask=n < columns, other=0.0)
-        tile = (w > 0)[:, None] & ok[None, :]
+        tile = (n < columns)[:, None] & ok[None, :]
         at = n[:, None].to(tl.int64)
         k = tl.load(key + g * key_head + at * key_token + d[None, :], mask=tile, other=0.0).to(tl.float32)
         v = tl.load(value + g * value_head + at * value_token + d[None, :], mask=tile, other=0.0).to(tl.float32)
-        total_key += k * w[:, None]
-        total_value += v * w[:, None]
+        # Whatever is kept has no weight; it is loaded all the same, so that no load waits for the weights.
+        total_key += tl.where((w > 0)[:, None], k * w[:, None], 0.0)
+        total_value += tl.where((w > 0)[:, None], v * w[:, None], 0.0)
         added += w
     part = parts + (g * SPLITS + split) * (2 * DIM_PAD + 1)
     tl.store(part + d, tl.sum(total_key, 0))
@@ -209,7 +210,7 @@ def squeeze(store: SlotStore, row: int, held: Held, keep: Tensor | None, folds_b
     )  # fmt: skip
     if folding and keep is not None:
         weights = states[list(store.state).index(folds_by)].scatter_(-1, keep, 0.0)  # nobody reads the state after this
-        splits = min(_SPLITS, triton.next_power_of_2(triton.cdiv(columns, 4 * _COLUMNS)))
+        splits = min(_SPLITS, triton.next_power_of_2(triton.cdiv(columns, 2 * _COLUMNS)))
         parts = torch.empty(groups * splits * (2 * dim_pad + 1), dtype=torch.float32, device=valid.device)
         _fold_kernel[(groups, splits)](
             held.key, held.value, weights, store.keys[0], store.values[0], valid,

@@ -29,6 +29,7 @@ from auvsum.engine.fuse import fuse
 from auvsum.kernels import (
     column_scores,
     decode_step,
+    evict,
     join,
     keep,
     matvec,
@@ -214,13 +215,17 @@ def test_ties_are_broken_by_age(slots: int) -> None:
     assert plain.live(0) == int(plain.capacity[0]) // 3 * 2 + 1
 
 
-def test_layers_evict_together() -> None:
+@pytest.mark.parametrize(("launched", "together"), [(12800, 1), (14, 2), (2, 16)])
+def test_layers_evict_together(launched: int, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers with slots and phases of their own, one eviction behind the last: as if each had been alone."""
-    policy, size, batch, groups = AUV(), 32, 2, 3
+    policy, size, batch, groups = AUV(), 32, 3, 3
+    monkeypatch.setattr(evict, "_PROGRAMS", launched)
+    assert evict.rows_together(batch, 3, groups) == together
     plain = [make_store(policy, slots, batch, groups, size, torch.float32) for slots in (10, 13, 40)]
     for layer, store in enumerate(plain):
         store.longest[:] = 20
         store.capacity[1] = policy.capacity(7)
+        store.capacity[2] = policy.capacity(10)
         for row in range(batch):
             kept = int(store.capacity[row]) - 1 - layer
             store.positions[row, :, :kept] = torch.arange(kept, dtype=torch.int32, device=DEVICE)
