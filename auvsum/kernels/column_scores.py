@@ -118,7 +118,7 @@ class ChunkAttention:
         Returns:
             fp32 `[G, past + T]`.
         """
-        scaling, lse = self.scaling * power, self.lse * power
+        scaling, lse = self.scaling * power, self.lse if power == 1 else self.lse * power
         kernel = _score_kernel(self.query)
         if kernel is not None:
             total: Tensor = kernel.column_sums(self.query, self.key, lse, weights, scaling, self.past)
