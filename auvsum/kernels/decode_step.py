@@ -34,9 +34,9 @@ from auvsum.kernels.warp_step import warp_step_kernel
 _TILE = 16384
 #: The same of `warp_step.py`, the most slots it takes, and programs a multiprocessor up to which it is the slower way.
 _WARP_TILE, _WARP_SLOTS, _FEW = 2048, 256, 4
-#: Registers a thread of theirs at most: so told, the compiler takes 95 for AUV in place of 109, and 64 rows of OPT-13B
-#: are one wave of programs.
-_WARP_REGISTERS = 112
+#: Registers a thread of theirs at most, by slots: so told, the compiler takes 88 for AUV in place of 109 and spills
+#: none, and a multiprocessor holds 23 programs.
+_WARP_REGISTERS = {128: 88, 256: 112}
 _POLICIES = {Full: 0, AUV: 1, H2O: 2}
 _MAX_SLOTS = 8192
 
@@ -244,7 +244,7 @@ def step(policy: Policy, store: SlotStore, query: Tensor, key: Tensor, value: Te
         warp_step_kernel[(batch * groups,)](
             query, key, value, out, *memory, *rows, *numbers,
             **what, **sizes, BLOCK=block, BLOCKS=triton.cdiv(padded, block), num_warps=1,
-            maxnreg=_WARP_REGISTERS if dim_pad <= 128 else None,
+            maxnreg=_WARP_REGISTERS[max(padded, 128)] if dim_pad <= 128 else None,
         )  # fmt: skip
     else:
         block = min(padded, max(16, _TILE // dim_pad))
