@@ -158,12 +158,12 @@ def _row(case: str, result: Any, noted: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 class noted_rounds:
-    """While it is entered, notes of each document of map-reduce its last prompt, and its windows' summaries."""
+    """While it is entered, notes of each document read in windows its last prompt, and its windows' summaries."""
 
     def __enter__(self) -> dict[str, dict[str, Any]]:
         from auvsum.rounds import Rounds
 
-        self._pieces, self._reduce = Rounds.pieces, Rounds._reduce
+        self._pieces, self._reduce, self._rank = Rounds.pieces, Rounds._reduce, Rounds._rank
         noted: dict[str, dict[str, Any]] = {}
 
         def pieces(rounds: Any) -> Iterator[Any]:
@@ -172,17 +172,25 @@ class noted_rounds:
                     noted.setdefault(rounds._source, {})["prompt"] = list(piece.request.ids)
                 yield piece
 
-        def reduce(rounds: Any) -> None:
+        def note(rounds: Any) -> None:
             noted.setdefault(rounds._source, {}).setdefault("parts", [rounds._parts[i] for i in sorted(rounds._parts)])
-            self._reduce(rounds)
 
-        Rounds.pieces, Rounds._reduce = pieces, reduce  # type: ignore[method-assign]
+        def reduce(rounds: Any) -> str:
+            note(rounds)
+            return self._reduce(rounds)
+
+        def rank(rounds: Any, rows: int) -> str:
+            note(rounds)
+            return self._rank(rounds, rows)
+
+        Rounds.pieces, Rounds._reduce, Rounds._rank = pieces, reduce, rank  # type: ignore[method-assign]
         return noted
 
     def __exit__(self, *error: object) -> None:
         from auvsum.rounds import Rounds
 
         Rounds.pieces, Rounds._reduce = self._pieces, self._reduce  # type: ignore[method-assign]
+        Rounds._rank = self._rank  # type: ignore[method-assign]
 
 
 # -- rank -------------------------------------------------------------------------------------------------------------
@@ -223,11 +231,11 @@ def fidelity(given: argparse.Namespace) -> None:
     from auvsum.text.prompts import Prompt
 
     begun = time.perf_counter()
-    rows = rows_of(given.out)
+    texts = {(name, example.id): example.document for name, example in documents(given)}
+    rows = [row for row in rows_of(given.out) if (row["set"], row["id"]) in texts]
     written = {(r["set"], r["id"]): r["token_ids"] for r in rows if r["case"] == FULL and r.get("token_ids")}
     prompts = {(r["case"], r["set"], r["id"]): r["prompt"] for r in rows if r.get("prompt")}
     done = {(r["case"], r["set"], r["id"]) for r in rows if "nats" in r}
-    texts = {(name, example.id): example.document for name, example in documents(given)}
     summarizer = Summarizer.from_settings(settings_of(FULL, given)[0])
     own: dict[tuple[str, str], list[float]] = {}
     for case in [FULL, *(case for case in given.cases if case != FULL)]:
@@ -249,7 +257,8 @@ def fidelity(given: argparse.Namespace) -> None:
                 )
             keys.append(key)
             plans.append(plan)
-            requests.append(Request(plan.prompt.ids, plan.budget.slots, len(ids), plan.parts, None, None))
+            span = plan.prompt.document
+            requests.append(Request(plan.prompt.ids, plan.budget.slots, len(ids), plan.parts, None, span))
         for at in range(0, len(keys), MOST_ROWS["cuda"]):
             some = slice(at, at + MOST_ROWS["cuda"])
             forced = _forced(mine, plans[at], requests[some], [written[key] for key in keys[some]])

@@ -54,9 +54,10 @@ def _shown(found: Estimate) -> str:
 
 def strategies(record: dict[str, Any]) -> str:
     """Every case beside the first words at its own length, and the differences to what `auto` chooses."""
-    cases: dict[str, Scores] = {}
+    found: dict[str, Scores] = {}
     for row in record["rows"]:
-        cases.setdefault(row["case"], {})[row["set"], row["id"]] = row
+        found.setdefault(row["case"], {})[row["set"], row["id"]] = row
+    cases = {name: scores for name, scores in found.items() if any("words" in row for row in scores.values())}
     sets = sorted({name for scores in cases.values() for name, _ in scores})
     auto = cases[AUTO]
     count = ", ".join(f"{name} {sum(key[0] == name for key in auto)}" for name in sets)
@@ -75,9 +76,14 @@ def strategies(record: dict[str, Any]) -> str:
         _table(["first", "second", "n", "ROUGE-L", "BERTScore", "last third"], list(_pairs(cases))),
     ]
     lines += ["By collection, ROUGE-L and BERTScore:", _by_set(cases, sets)]
-    forced = {name: scores for name, scores in cases.items() if any("nats" in row for row in scores.values())}
+    forced = {name: scores for name, scores in found.items() if any("nats" in row for row in scores.values())}
     if forced:
-        lines += ["Fidelity to the full cache's own summary, for documents that fit the positions:", _fidelity(forced)]
+        lines += [
+            "Fidelity to the full cache's own summary, for the documents that fit the positions: what a case makes of "
+            f"the tokens that `{SINGLE}` wrote, teacher-forced. A prompt of windows' summaries or of central sentences "
+            "is another prompt, so its loss is not the cache's alone.",
+            _fidelity(forced),
+        ]
     return "\n\n".join(lines)
 
 
@@ -191,7 +197,7 @@ def memory(record: dict[str, Any], stem: str) -> str:
         for row in record["rows"]
     ]  # fmt: skip
     what = f"{shape}'s shape with random weights" if shape else "the embedded model"
-    where = record["gpus"][0] if settings["device"].startswith("cuda") else f"{record['cores']} cores"
+    where = record["gpus"][0] if settings["device"].startswith("cuda") else _processor(record)
     picture = f"![Peak memory against length]({stem}.svg)\n\n" if (PAGE.parent / f"{stem}.svg").is_file() else ""
     return (
         f"## Peak memory against length: {what} on {where}\n\n{picture}{settings['policy']}, {settings['budget']} "
@@ -208,10 +214,15 @@ def documents(record: dict[str, Any], name: str) -> str:
         for row in record["rows"]
     ]  # fmt: skip
     return (
-        f"## 20,000-token documents on {record['cores']} cores\n\nBy the command line, model load included "
+        f"## 20,000-token documents on {_processor(record)}\n\nBy the command line, model load included "
         f"(`{name}`, load average {record['load_average']} at the start). The goal, 400 in 2 hours, is 200 an hour.\n\n"
         + _table(["settings", "documents", "tokens each", "seconds", "seconds a document", "documents an hour"], rows)
     )
+
+
+def _processor(record: dict[str, Any]) -> str:
+    """How many cores, of which processor, and how it computes in 16 bits."""
+    return f"{record['cores']} cores ({record['cpu']}, {' and '.join(record['bf16']) or 'without bf16'})"
 
 
 def tokenizing(record: dict[str, Any], name: str) -> str:
