@@ -6,7 +6,7 @@
             ...                              # rounds.hear(piece, event) for each event of the engine about it
 
 Every round shortens the text, until one prompt holds it: the last round, whose summary is the document's. map-rank has
-windows alone: the best sentences of their summaries are the document's.
+windows alone: its summary are the best sentences of theirs, beside the document's own first and central ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from auvsum.errors import DocumentTooLong, GenerationFailed
 from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, PrefillProgress
-from auvsum.text.central import best_sentences, central_sentences
+from auvsum.text.central import central_sentences, gathered
 from auvsum.text.passages import best_passages
 from auvsum.text.prompts import Prompt
 from auvsum.text.windows import Count, Window, cut
@@ -213,7 +213,7 @@ class Rounds:
         return ""
 
     def _rank(self, rows: int) -> str:
-        """All windows have their summaries: their best sentences are the document's summary, which is returned."""
+        """All windows have their summaries: their best sentences and the document's own are its summary, returned."""
         from auvsum.summarize import Summary
 
         settings, loaded = self._summarizer.settings, self._summarizer.loaded
@@ -221,7 +221,7 @@ class Rounds:
         if settings.words is not None:
             room, count = settings.words, _count_words
         parts = [self._parts[i] for i in range(len(self._windows))]
-        text = best_sentences(parts, room, count, settings.sentences)
+        text = gathered(self._windows, parts, room, count, settings.sentences)
         if not text:
             raise GenerationFailed("the summaries of its parts are empty", "use another model, or a larger budget")
         self._complete(Summary(self._id, self._source, text, self.plan, settings, loaded), rows)

@@ -5,7 +5,8 @@ stream       in chunks over the budgeted cache; past the positions, positions co
              models), or windows restart after the prompt's head (learned positions). An approximation: said so
 map-reduce   windows at paragraphs and sentences, summarized together in one batch, their summaries summarized
              (`rounds.py`)
-map-rank     windows as well, and of their summaries' sentences the central ones are kept (`text/central.py`)
+map-rank     windows as well; the central sentences of their summaries are kept, beside the document's own first and
+             central ones (`text/central.py`)
 extract      the sentences of all parts that are most like the others, as many as a window holds, in one prompt
 auto         by the measurements in docs/LOG.md: map-rank past the positions, and with a small model for documents of
              several windows; else single
@@ -101,7 +102,8 @@ def explain(
         read = sum(window.tokens for window in windows)
         return [f"extract ({auto}): the model reads the {read:,} tokens of the central sentences, of {tokens:,} in all"]
     if number > 1:
-        last = "the central sentences of whose summaries are kept" if ranks else "whose summaries are summarized"
+        kept = "the central sentences of whose summaries are kept, beside the document's own first and central ones"
+        last = kept if ranks else "whose summaries are summarized"
         strategy = "map-rank" if ranks else "map-reduce"
         return [f"{strategy} ({auto}): {tokens:,} tokens in {number} windows, {last}; {positions}"]
     return []

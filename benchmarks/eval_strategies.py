@@ -202,7 +202,7 @@ def rank(given: argparse.Namespace) -> None:
     For runs that have the one and not the other: nothing is generated.
     """
     from auvsum import Summarizer, rounds
-    from auvsum.text.central import best_sentences
+    from auvsum.text.central import gathered
 
     summarizer = Summarizer.from_settings(settings_of(AUTO, given)[0])
     tokenizer, room = summarizer.loaded.tokenizer, summarizer.plan("text").max_new_tokens
@@ -212,11 +212,13 @@ def rank(given: argparse.Namespace) -> None:
 
     rows = rows_of(given.out)
     done = {(row["set"], row["id"]) for row in rows if row["case"] == AUTO}
+    texts = {(name, example.id): example.document for name, example in documents(given)}
     for row in rows:
         if row["case"] == REDUCE and row.get("parts") and (row["set"], row["id"]) not in done:
             part = max(rounds.PART_RANKED, 2 * room // len(row["parts"]))
             parts = [tokenizer.decode(one[:part]) for one in ids(row["parts"])]
-            text = best_sentences(parts, room, lambda texts: [len(one) for one in ids(texts)])
+            windows = rounds.cut_windows(texts[row["set"], row["id"]], rounds.WINDOW, tokenizer)
+            text = gathered(windows, parts, room, lambda texts: [len(one) for one in ids(texts)])
             append(given.out, [{**row, "case": AUTO, "summary": text, "tokens": None, "prompt": None, "parts": None}])
 
 
