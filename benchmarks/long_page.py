@@ -188,14 +188,26 @@ def memory(record: dict[str, Any], stem: str) -> str:
         "GPU, from outside": "gpu_used_bytes",
         "RSS": "rss_bytes",
     }
-    columns = {name: key for name, key in columns.items() if any(row.get(key) for row in record["rows"])}
+    whole = [row for row in record["rows"] if "of" not in row]
+    watched = [row for row in record["rows"] if "of" in row and row["tokens"] >= 2048]
+    columns = {name: key for name, key in columns.items() if any(row.get(key) for row in whole)}
     rows = [
         [
             row["strategy"], f"{row['tokens']:,}", *(f"{row[key] / 2**20:,.0f}" for key in columns.values()),
             f"{row['prefill_s']:,.0f}",
         ]
-        for row in record["rows"]
+        for row in whole
     ]  # fmt: skip
+    watching = ""
+    if watched:
+        watching = (
+            f"\n\nWhile one document of about {watched[-1]['of']:,} tokens was read; the peak of RSS until then, and "
+            "seconds since the process began:\n\n"
+        )
+        watching += _table(
+            ["tokens read", "RSS", "seconds"],
+            [[f"{r['tokens']:,}", f"{r['rss_bytes'] / 2**20:,.0f}", f"{r['seconds']:,.0f}"] for r in watched],
+        )
     what = f"{shape}'s shape with random weights" if shape else "the embedded model"
     where = record["gpus"][0] if settings["device"].startswith("cuda") else _processor(record)
     picture = f"![Peak memory against length]({stem}.svg)\n\n" if (PAGE.parent / f"{stem}.svg").is_file() else ""
@@ -203,6 +215,7 @@ def memory(record: dict[str, Any], stem: str) -> str:
         f"## Peak memory against length: {what} on {where}\n\n{picture}{settings['policy']}, {settings['budget']} "
         f"slots, chunks of {settings['chunk']}; MiB, RSS as the kernel counts it from outside.\n\n"
         + _table(["strategy", "tokens", *columns, "seconds to read"], rows)
+        + watching
     )
 
 
