@@ -171,18 +171,27 @@ def test_a_summary_from_windows_has_the_documents_first_and_central_sentences() 
 
 
 def test_extract_summarizes_the_central_sentences(folders: dict[str, str]) -> None:
+    """By hand: half of the summary is written from the central sentences, the rest is the document's own."""
     from auvsum import rounds
+    from auvsum.text.central import gathered
+    from auvsum.text.windows import Window
 
     text = (Path(__file__).parents[2] / "samples" / "money-bail.txt").read_text(encoding="utf-8")[:9000]
-    model = summarizer(folders["llama"], strategy="extract", window=300, budget="60%")
+    model = summarizer(folders["llama"], strategy="extract", window=300, budget="60%", max_tokens=160)
     plan = model.plan(text)
     (window,) = rounds.sentences_to_read(text, 300, model.loaded.tokenizer)
     assert 150 < window.tokens <= 310
     assert plan.strategy == "extract"
     assert plan.document_tokens > 10 * window.tokens
     assert f"the {window.tokens:,} tokens of the central sentences" in plan.warnings[0]
-    alone = summarizer(folders["llama"], strategy="single", budget="60%")
-    assert model.summarize(text).text == alone.summarize(window.text).text
+    alone = summarizer(folders["llama"], strategy="single", budget="60%", max_tokens=80)
+    written = alone.summarize(window.text)
+    count = rounds._counter(model.loaded.tokenizer)
+    expected = gathered([Window(text, 0, len(text), "", 0)], [written.text], 160, count)
+    summary = model.summarize(text)
+    assert summary.text == expected
+    assert len(expected) > len(written.text)
+    assert summary.record()["tokens"]["generated"] == len(written.token_ids)
     # What holds no sentences is read in windows; what is short is read whole.
     assert len(model.plan("abc " * 2000).windows) > 1
     assert model.plan(SENTENCE).windows[0].text == SENTENCE.strip()
