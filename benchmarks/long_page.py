@@ -20,6 +20,11 @@ RESULTS = common.ROOT / "benchmarks" / "results"
 PAGE = common.ROOT / "docs" / "LONG.md"
 AUTO, SINGLE, LEXRANK = "map-rank:auto:auto", "single:full:auto", "lexrank"
 Scores = dict[tuple[str, str], dict[str, Any]]
+_VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "ROUGE-L": lambda row: float(row["rougeL"]),
+    "BERTScore": lambda row: float(row["bertscore"]),
+    "last third": lambda row: 100 * float(row["thirds"][2]),
+}
 
 
 def main() -> None:
@@ -76,6 +81,15 @@ def strategies(record: dict[str, Any]) -> str:
         _table(["first", "second", "n", "ROUGE-L", "BERTScore", "last third"], list(_pairs(cases))),
     ]
     lines += ["By collection, ROUGE-L and BERTScore:", _by_set(cases, sets)]
+    lines += [
+        f"`{AUTO}` less LexRank and less the first words, by collection, and on every second document (by collection and "
+        "id), on which the shares of the document's own sentences in a summary were not chosen:",
+        _table(
+            ["documents", "n", *(f"{what}, less {other}" for other in ("LexRank", "lead") for what in _VALUES)],
+            [_against(cases, name, [key for key in sorted(auto) if key[0] == name]) for name in sets]
+            + [_against(cases, "every second", sorted(auto)[1::2])],
+        ),
+    ]
     forced = {name: scores for name, scores in found.items() if any("nats" in row for row in scores.values())}
     if forced:
         lines += [
@@ -103,33 +117,38 @@ def _case(name: str, scores: Scores) -> list[str]:
     ]  # fmt: skip
 
 
+def _against(cases: dict[str, Scores], name: str, keys: list[tuple[str, str]]) -> list[str]:
+    """Differences of `auto`'s choice to LexRank and to the first words, on some documents."""
+    mine = [cases[AUTO][key] for key in keys]
+    lexrank = [cases[LEXRANK][key] for key in keys]
+    found = [
+        paired([value(row) for row in mine], [value(row) for row in others])
+        for others in (lexrank, [_lead(row) for row in mine])
+        for value in _VALUES.values()
+    ]
+    return [name, str(len(keys)), *(_shown(one) for one in found)]
+
+
+def _lead(row: dict[str, Any]) -> dict[str, Any]:
+    """The scores of the first words beside a summary, as if they were one."""
+    return {key.removeprefix("lead_"): value for key, value in row.items() if key.startswith("lead_")}
+
+
 def _pairs(cases: dict[str, Scores]) -> Iterator[list[str]]:
     """`auto`'s choice against every other case, on the documents that both have."""
-    values: dict[str, Callable[[dict[str, Any]], float]] = {
-        "ROUGE-L": lambda row: float(row["rougeL"]),
-        "BERTScore": lambda row: float(row["bertscore"]),
-        "last third": lambda row: 100 * float(row["thirds"][2]),
-    }
     for name, scores in cases.items():
         both = [key for key in cases[AUTO] if key in scores and "words" in scores[key]]
         if name != AUTO and both:
             pairs = [
                 _shown(paired([value(cases[AUTO][key]) for key in both], [value(scores[key]) for key in both]))
-                for value in values.values()
+                for value in _VALUES.values()
             ]
             yield [f"`{AUTO}`", f"`{name}`", str(len(both)), *pairs]
-    keys = list(cases[AUTO])
+    rows = cases[AUTO].values()
     leads = [
-        _shown(
-            paired(
-                [value(cases[AUTO][key]) for key in keys],
-                [value({k.removeprefix("lead_"): v for k, v in cases[AUTO][key].items() if k[:5] == "lead_"})
-                 for key in keys],
-            )
-        )
-        for value in values.values()
-    ]  # fmt: skip
-    yield [f"`{AUTO}`", "lead", str(len(keys)), *leads]
+        _shown(paired([value(row) for row in rows], [value(_lead(row)) for row in rows])) for value in _VALUES.values()
+    ]
+    yield [f"`{AUTO}`", "lead", str(len(rows)), *leads]
 
 
 def _by_set(cases: dict[str, Scores], sets: list[str]) -> str:
