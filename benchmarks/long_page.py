@@ -82,8 +82,8 @@ def strategies(record: dict[str, Any]) -> str:
     ]
     lines += ["By collection, ROUGE-L and BERTScore:", _by_set(cases, sets)]
     lines += [
-        f"`{AUTO}` less LexRank and less the first words, by collection, and on every second document (by collection and "
-        "id), on which the shares of the document's own sentences in a summary were not chosen:",
+        f"`{AUTO}` less LexRank and less the first words, by collection, and on every second document (by collection "
+        "and id), on which the shares of the document's own sentences in a summary were not chosen:",
         _table(
             ["documents", "n", *(f"{what}, less {other}" for other in ("LexRank", "lead") for what in _VALUES)],
             [_against(cases, name, [key for key in sorted(auto) if key[0] == name]) for name in sets]
