@@ -81,6 +81,8 @@ def main() -> None:
         record = {"benchmark": "memory", **common.machine(), **common.versions(), "settings": settings, "rows": rows}
         if given.out:
             given.out.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
+    if given.plot:
+        _plot(rows, given.plot)
     rows = [row for row in rows if "of" not in row]
     common.print_table(
         ["strategy", "tokens", "KV held, MiB", "KV in prefill, MiB", "full cache, MiB", "RSS, MiB", "read, s"],
@@ -90,8 +92,6 @@ def main() -> None:
             for row in rows
         ],
     )  # fmt: skip
-    if given.plot:
-        _plot(rows, given.plot)
     common.print_json(record)
 
 
@@ -230,6 +230,12 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    watched = [row for row in rows if "of" in row and row["tokens"] >= 2048]
+    if watched:
+        lengths = [row["tokens"] for row in watched]
+        label = f"process (RSS) while it reads {watched[-1]['of']:,}"
+        axes.plot(lengths, [row["rss_bytes"] / 2**20 for row in watched], ".--", label=label)
+    rows = [row for row in rows if "of" not in row]
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         mine = [row for row in rows if row["strategy"] == strategy]
         lengths = [row["tokens"] for row in mine]
