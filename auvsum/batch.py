@@ -239,7 +239,7 @@ class _Together:
                 continue
             try:
                 plan = self._summarizer.plan(document.text, free=self._free)
-                rounds = Rounds(self._summarizer, plan, document.id, document.source, free=self._free)
+                rounds = Rounds(self._summarizer, plan, document.text, document.id, document.source, free=self._free)
                 begun = _Begun(index, document, rounds, rounds.pieces())
                 begun.peek()
             except Exception as error:

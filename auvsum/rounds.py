@@ -1,12 +1,12 @@
 """What a document needs from an engine, round by round: one prompt, or its windows, and (map-reduce) their summaries.
 
-    rounds = Rounds(summarizer, plan, id, source)
+    rounds = Rounds(summarizer, plan, text, id, source)
     while rounds.summary is None:
         for piece in rounds.pieces():        # prompts that can be read in any order, beside those of other documents
             ...                              # rounds.hear(piece, event) for each event of the engine about it
 
 Every round shortens the text, until one prompt holds it: the last round, whose summary is the document's. map-rank has
-windows alone: the best sentences of their summaries are the document's.
+windows alone, extract one: the best sentences of their summaries, beside the document's own, are the document's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from auvsum.errors import DocumentTooLong, GenerationFailed
 from auvsum.events import DocumentStarted, Event, Failed, Finished, Prefilled, PrefillProgress
-from auvsum.text.central import best_sentences, central_sentences
+from auvsum.text.central import CENTRAL, OPENING, central_sentences, gathered
 from auvsum.text.passages import best_passages
 from auvsum.text.prompts import Prompt
 from auvsum.text.windows import Count, Window, cut
@@ -121,6 +121,7 @@ class Rounds:
     """A document on its way to its summary.
 
     Args:
+        text: of the document that was planned.
         free: bytes of free memory that the budget `auto` looks at; what is free now without it.
 
     Attributes:
@@ -128,7 +129,9 @@ class Rounds:
         due: whether a round waits for `pieces` to be called.
     """
 
-    def __init__(self, summarizer: Summarizer, plan: Plan, id: str, source: str, *, free: int | None = None) -> None:
+    def __init__(
+        self, summarizer: Summarizer, plan: Plan, text: str, id: str, source: str, *, free: int | None = None
+    ) -> None:
         self.plan, self.due = plan, True
         self.summary: Summary | None = None
         self._id, self._source, self._free = id, source, free
@@ -136,6 +139,10 @@ class Rounds:
         self._cost = _Cost()
         self._windows = list(plan.windows)
         self._parts: dict[int, str] = {}
+        # Of map-rank the windows, of extract the whole document: where the summary has its own sentences from.
+        self._own: list[Window] = self._windows if plan.strategy == "map-rank" and len(self._windows) > 1 else []
+        if plan.strategy == "extract" and not summarizer.settings.query and plan.windows[0].source != text:
+            self._own = [Window(text, 0, len(text), "", plan.document_tokens)]
         self._round = 0
         if plan.windows:
             settings = summarizer.settings
@@ -143,6 +150,8 @@ class Rounds:
             part = self._how.max_new_tokens
             if plan.strategy == "map-rank":  # few windows have more to say each
                 part = min(part, max(PART_RANKED, 2 * plan.max_new_tokens // len(plan.windows)))
+            elif self._own:  # the rest of the summary are sentences of the document
+                part = max(16, int((1 - OPENING - CENTRAL) * plan.max_new_tokens))
             shorter = replace(settings, strategy="single", sentences=None, words=None, style=None, max_tokens=part)
             self._mapper = summarizer.with_settings(shorter)
 
@@ -162,7 +171,7 @@ class Rounds:
         from auvsum.summarize import Writing
 
         self.due = False
-        if len(self._windows) > 1:
+        if len(self._windows) > 1 or self._own:
             for number, window in enumerate(self._windows):
                 plan = self._mapper.plan(window.text, free=self._free)
                 yield Piece(number, plan, self._mapper.request(plan))
@@ -209,11 +218,11 @@ class Rounds:
         if isinstance(event, Finished):
             self._parts[piece.number] = self._mapper.text_of(event.token_ids)
             if len(self._parts) == len(self._windows):
-                return self._rank(rows) if self.plan.strategy == "map-rank" else self._reduce()
+                return self._rank(rows) if self._own else self._reduce()
         return ""
 
     def _rank(self, rows: int) -> str:
-        """All windows have their summaries: their best sentences are the document's summary, which is returned."""
+        """All windows have their summaries: their best sentences and the document's own are its summary, returned."""
         from auvsum.summarize import Summary
 
         settings, loaded = self._summarizer.settings, self._summarizer.loaded
@@ -221,7 +230,7 @@ class Rounds:
         if settings.words is not None:
             room, count = settings.words, _count_words
         parts = [self._parts[i] for i in range(len(self._windows))]
-        text = best_sentences(parts, room, count, settings.sentences)
+        text = gathered(self._own, parts, room, count, settings.sentences)
         if not text:
             raise GenerationFailed("the summaries of its parts are empty", "use another model, or a larger budget")
         self._complete(Summary(self._id, self._source, text, self.plan, settings, loaded), rows)

@@ -5,8 +5,10 @@ stream       in chunks over the budgeted cache; past the positions, positions co
              models), or windows restart after the prompt's head (learned positions). An approximation: said so
 map-reduce   windows at paragraphs and sentences, summarized together in one batch, their summaries summarized
              (`rounds.py`)
-map-rank     windows as well, and of their summaries' sentences the central ones are kept (`text/central.py`)
-extract      the sentences of all parts that are most like the others, as many as a window holds, in one prompt
+map-rank     windows as well; the central sentences of their summaries are kept, beside the document's own first and
+             central ones (`text/central.py`)
+extract      the sentences of all parts that are most like the others, as many as a window holds, in one prompt; half of
+             the summary is written, half are the document's own sentences, as with map-rank
 auto         by the measurements in docs/LOG.md: map-rank past the positions, and with a small model for documents of
              several windows; else single
 """
@@ -99,9 +101,13 @@ def explain(
         return [f"the question is asked of the passages that share its words, of {tokens:,} tokens in all: {positions}"]
     if chosen:
         read = sum(window.tokens for window in windows)
-        return [f"extract ({auto}): the model reads the {read:,} tokens of the central sentences, of {tokens:,} in all"]
+        return [
+            f"extract ({auto}): the model reads the {read:,} tokens of the central sentences, of {tokens:,} in all, "
+            "and writes half of the summary; the rest are the document's own first and central sentences"
+        ]
     if number > 1:
-        last = "the central sentences of whose summaries are kept" if ranks else "whose summaries are summarized"
+        kept = "the central sentences of whose summaries are kept, beside the document's own first and central ones"
+        last = kept if ranks else "whose summaries are summarized"
         strategy = "map-rank" if ranks else "map-reduce"
         return [f"{strategy} ({auto}): {tokens:,} tokens in {number} windows, {last}; {positions}"]
     return []

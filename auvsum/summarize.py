@@ -362,7 +362,7 @@ class Summarizer:
             on_text, whole = None, on_text
         else:
             whole = None
-        work = rounds.Rounds(self, plan, id, source)
+        work = rounds.Rounds(self, plan, text, id, source)
         if on_event:
             on_event(work.started(0))
         while work.summary is None:

@@ -1,7 +1,8 @@
 """Documents of 20,000 tokens by the command line: how many an hour does this machine summarize?
 
     python benchmarks/bench_documents.py                                  # 3 documents, default settings: 2-3 minutes
-    python benchmarks/bench_documents.py --documents 2 --parts 192 96 --windows 2048 1024
+    python benchmarks/bench_documents.py --documents 2 --strategies auto extract --windows 2048 1024
+    python benchmarks/bench_documents.py --strategies map-reduce --parts 192 96
 
 Each row is one `auvsum summarize FOLDER -O FOLDER` on the processor, a process of its own, all of it on one clock.
 The documents are the sample texts, each beginning at another paragraph. Documents an hour are those of a long run: the
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +34,28 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--strategies", nargs="+", default=["auto"])
     parser.add_argument("--windows", type=int, nargs="+", help="tokens of a window; the default one without it")
-    parser.add_argument("--parts", type=int, nargs="+", help="the most tokens of a window's summary")
+    parser.add_argument("--parts", type=int, nargs="+", help="most tokens of a window's summary; the tool's without it")
     parser.add_argument("--more", nargs="*", default=[], help="further flags without their dashes: weights=int8")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON, written after each row; rows of other settings stay in it")
     given = parser.parse_args()
 
-    from auvsum import rounds
-
-    record: dict[str, Any] = {"benchmark": "documents", **common.machine(), **common.versions(), "rows": []}
+    old = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out and given.out.is_file() else []
+    record: dict[str, Any] = {"benchmark": "documents", **common.machine(), **common.versions(), "rows": old}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts(given.model, given.documents, given.tokens, folder / "in")
-        for number, (window, part) in enumerate(
-            (window, part) for window in given.windows or [rounds.WINDOW] for part in given.parts or [rounds.PART]
-        ):
-            more = [f"--{flag}" for flag in given.more] + ([f"--threads={given.threads}"] if given.threads else [])
-            row = _measure(folder / "in", folder / str(number), given, window, part, more)
-            record["rows"].append(row)
+        cases = product(given.strategies, given.windows or [None], given.parts or [None])
+        for number, (strategy, window, part) in enumerate(cases):
+            flags = [f"--strategy={strategy}", *([f"--window={window}"] if window else [])]
+            flags += [f"--{flag}" for flag in given.more] + ([f"--threads={given.threads}"] if given.threads else [])
+            row = _measure(folder / "in", folder / str(number), given, part, flags)
+            record["rows"] = [one for one in record["rows"] if one["settings"] != row["settings"]] + [row]
             print(row, file=sys.stderr, flush=True)
+            if given.out:
+                given.out.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     common.print_table(
         ["settings", "documents", "seconds", "a document", "an hour"],
         [
@@ -60,8 +64,6 @@ def main() -> None:
             for r in record["rows"]
         ],
     )  # fmt: skip
-    if given.out:
-        given.out.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     common.print_json(record)
 
 
@@ -86,11 +88,12 @@ def texts(model: str, number: int, tokens: int, folder: Path) -> None:
 
 
 def _measure(
-    source: Path, target: Path, given: argparse.Namespace, window: int, part: int, more: list[str]
+    source: Path, target: Path, given: argparse.Namespace, part: int | None, flags: list[str]
 ) -> dict[str, Any]:
+    tool = ("-c", _MAIN.format(part=part)) if part else ("-m", "auvsum")
     command = [
-        *(sys.executable, "-c", _MAIN.format(part=part), "summarize", str(source), "-O", str(target), "--quiet"),
-        *("--model", given.model, "--device", "cpu", "--window", str(window), "--format", "json", *more),
+        *(sys.executable, *tool, "summarize", str(source), "-O", str(target), "--quiet"),
+        *("--model", given.model, "--device", "cpu", "--format", "json", *flags),
     ]
     start = time.perf_counter()
     subprocess.run(command, check=True, cwd=common.ROOT)
@@ -99,7 +102,8 @@ def _measure(
     assert len(records) == given.documents
     each = (seconds - records[0]["time"]["load_s"]) / len(records)
     return {
-        "settings": " ".join(["--window", str(window), f"(summaries of {part} tokens)", *more]),
+        "settings": " ".join([*flags, *([f"(summaries of {part} tokens)"] if part else [])]),
+        "strategy": records[0]["strategy"],
         "documents": len(records),
         "tokens": round(sum(record["tokens"]["document"] for record in records) / len(records)),
         "written": round(sum(record["tokens"]["generated"] for record in records) / len(records)),

@@ -4,15 +4,18 @@
     python benchmarks/bench_memory.py --lengths 1060000 --out memory.json      # beside the rows that are there already
     python benchmarks/bench_memory.py --shape llama-8b --device cuda --budget 1311 --chunk 2048 --max 1048576
 
-Each length is a process of its own. The document is the sample report, over and over: only its length matters here.
-With `--shape` the model has random weights and reads random tokens through the engine, all lengths one by one in one
-process; torch says what it allocated, nvidia-smi what the GPU held.
+Each length is a process of its own. With `--watch`, the memory while a document is read is written down as well, each
+time twice as many tokens have been, and every 131,072: a run that ends early has shown something. The document is the
+sample report, over and over: only its length matters here. With `--shape` the model has random weights and reads random
+tokens through the engine, all lengths one by one in one process; torch says what it allocated, nvidia-smi what the GPU
+held.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import queue
 import random
 import subprocess
 import sys
@@ -27,6 +30,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 
+#: The command line, which tells its peak of memory while it reads.
+_WATCHED = """
+import sys, time
+import auvsum.engine.generate as generate
+made, begun = generate.PrefillProgress, time.perf_counter()
+def told(index, done, total):
+    if done & (done - 1) == 0 or done % 131072 == 0:
+        peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        print("watched", done, int(peak) * 1024, round(time.perf_counter() - begun, 1), file=sys.stderr, flush=True)
+    return made(index, done, total)
+generate.PrefillProgress = told
+from auvsum.__main__ import main
+sys.exit(main())
+"""
 #: Characters a token, about: the document is cut by tokens afterwards.
 _CHARACTERS = 5
 
@@ -45,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON, written after each length; rows of other lengths stay in it")
+    parser.add_argument("--watch", action="store_true", help="memory while a document is read, too")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -58,11 +76,14 @@ def main() -> None:
     record = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.is_file() else {}
     rows: list[dict[str, Any]] = record["rows"] if record.get("settings") == settings else []
     for row in _random_shape(lengths) if given.shape else _documents(given, lengths):
-        by_length = {(old["strategy"], old["tokens"]): old for old in [*rows, row]}
+        by_length = {(old["strategy"], old["tokens"], old.get("of", 0)): old for old in [*rows, row]}
         rows = [by_length[key] for key in sorted(by_length)]
         record = {"benchmark": "memory", **common.machine(), **common.versions(), "settings": settings, "rows": rows}
         if given.out:
             given.out.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
+    if given.plot:
+        _plot(rows, given.plot)
+    rows = [row for row in rows if "of" not in row]
     common.print_table(
         ["strategy", "tokens", "KV held, MiB", "KV in prefill, MiB", "full cache, MiB", "RSS, MiB", "read, s"],
         [
@@ -71,41 +92,54 @@ def main() -> None:
             for row in rows
         ],
     )  # fmt: skip
-    if given.plot:
-        _plot(rows, given.plot)
     common.print_json(record)
 
 
 def _documents(given: argparse.Namespace, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
     for length in lengths:
         for strategy in given.strategy:
-            yield _measure(given, strategy, length)
+            yield from _measure(given, strategy, length)
 
 
-def _measure(given: argparse.Namespace, strategy: str, tokens: int) -> dict[str, Any]:
-    """One document by the command line, with an eye on the process from outside."""
+def _measure(given: argparse.Namespace, strategy: str, tokens: int) -> Iterator[dict[str, Any]]:
+    """One document by the command line, with an eye on the process from outside; before it, what was watched."""
     sample = (common.ROOT / "samples" / "money-bail.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.txt"
         length = tokens * _CHARACTERS
         path.write_text((sample * (length // len(sample) + 1))[:length], encoding="utf-8")
+        tool = ("-c", _WATCHED) if given.watch else ("-m", "auvsum")
         command = [
-            *(sys.executable, "-m", "auvsum", "summarize", str(path), "--strategy", strategy, "--format", "json"),
+            *(sys.executable, *tool, "summarize", str(path), "--strategy", strategy, "--format", "json"),
             *("--budget", given.budget, "--policy", given.policy, "--chunk", str(given.chunk), "--quiet"),
             *("--model", given.model, "--max-tokens", str(given.max_tokens), "--device", given.device),
             *(["--threads", str(given.threads)] if given.threads else []),
         ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=common.ROOT)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=common.ROOT, bufsize=1
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told: queue.SimpleQueue[str] = queue.SimpleQueue()
+        errors = process.stderr
+        threading.Thread(target=lambda: [told.put(line) for line in errors], daemon=True).start()
         peak = 0
-        while process.poll() is None:
+        while process.poll() is None or not told.empty():
             # The kernel keeps the highest value itself; what is missed is only the last tenth of a second.
             peak = max(peak, common.peak_rss(process.pid))
+            while not told.empty():
+                line = told.get()
+                if line.startswith("watched "):
+                    done, rss, seconds = line.split()[1:]
+                    row = {"strategy": strategy, "tokens": int(done), "of": tokens, "rss_bytes": int(rss)}
+                    yield {**row, "seconds": float(seconds)}
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
             time.sleep(0.1)
-        assert process.stdout is not None
         record = json.loads(process.stdout.read())
     print(f"{strategy} {tokens:,} tokens: RSS {peak / 2**20:,.0f} MiB", file=sys.stderr, flush=True)
     token_bytes = record["kv"]["full_bytes"] if strategy == "stream" else 0
-    return {
+    yield {
         "strategy": strategy,
         "tokens": record["tokens"]["prompt"],
         "kv_bytes": record["kv"]["peak_bytes"],
@@ -196,6 +230,12 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    watched = [row for row in rows if "of" in row and row["tokens"] >= 2048]
+    if watched:
+        lengths = [row["tokens"] for row in watched]
+        label = f"process (RSS) while it reads {watched[-1]['of']:,}"
+        axes.plot(lengths, [row["rss_bytes"] / 2**20 for row in watched], ".--", label=label)
+    rows = [row for row in rows if "of" not in row]
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         mine = [row for row in rows if row["strategy"] == strategy]
         lengths = [row["tokens"] for row in mine]

@@ -15,12 +15,14 @@ strategy makes of the text that `single` with the full cache wrote: teacher-forc
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -158,12 +160,12 @@ def _row(case: str, result: Any, noted: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 class noted_rounds:
-    """While it is entered, notes of each document of map-reduce its last prompt, and its windows' summaries."""
+    """While it is entered, notes of each document read in windows its last prompt, and its windows' summaries."""
 
     def __enter__(self) -> dict[str, dict[str, Any]]:
         from auvsum.rounds import Rounds
 
-        self._pieces, self._reduce = Rounds.pieces, Rounds._reduce
+        self._pieces, self._reduce, self._rank = Rounds.pieces, Rounds._reduce, Rounds._rank
         noted: dict[str, dict[str, Any]] = {}
 
         def pieces(rounds: Any) -> Iterator[Any]:
@@ -172,44 +174,47 @@ class noted_rounds:
                     noted.setdefault(rounds._source, {})["prompt"] = list(piece.request.ids)
                 yield piece
 
-        def reduce(rounds: Any) -> None:
+        def note(rounds: Any) -> None:
             noted.setdefault(rounds._source, {}).setdefault("parts", [rounds._parts[i] for i in sorted(rounds._parts)])
-            self._reduce(rounds)
 
-        Rounds.pieces, Rounds._reduce = pieces, reduce  # type: ignore[method-assign]
+        def reduce(rounds: Any) -> str:
+            note(rounds)
+            return self._reduce(rounds)
+
+        def rank(rounds: Any, rows: int) -> str:
+            note(rounds)
+            return self._rank(rounds, rows)
+
+        Rounds.pieces, Rounds._reduce, Rounds._rank = pieces, reduce, rank  # type: ignore[method-assign]
         return noted
 
     def __exit__(self, *error: object) -> None:
         from auvsum.rounds import Rounds
 
         Rounds.pieces, Rounds._reduce = self._pieces, self._reduce  # type: ignore[method-assign]
+        Rounds._rank = self._rank  # type: ignore[method-assign]
 
 
 # -- rank -------------------------------------------------------------------------------------------------------------
 
 
 def rank(given: argparse.Namespace) -> None:
-    """What map-rank makes of the windows' summaries that map-reduce wrote: its own are the same, but cut shorter.
-
-    For runs that have the one and not the other: nothing is generated.
-    """
+    """map-rank's last step once more, from the windows' summaries that a run of it has noted: nothing is generated."""
     from auvsum import Summarizer, rounds
-    from auvsum.text.central import best_sentences
+    from auvsum.text.central import gathered
 
     summarizer = Summarizer.from_settings(settings_of(AUTO, given)[0])
     tokenizer, room = summarizer.loaded.tokenizer, summarizer.plan("text").max_new_tokens
 
-    def ids(texts: Any) -> Any:
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    def count(texts: Any) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
-    rows = rows_of(given.out)
-    done = {(row["set"], row["id"]) for row in rows if row["case"] == AUTO}
-    for row in rows:
-        if row["case"] == REDUCE and row.get("parts") and (row["set"], row["id"]) not in done:
-            part = max(rounds.PART_RANKED, 2 * room // len(row["parts"]))
-            parts = [tokenizer.decode(one[:part]) for one in ids(row["parts"])]
-            text = best_sentences(parts, room, lambda texts: [len(one) for one in ids(texts)])
-            append(given.out, [{**row, "case": AUTO, "summary": text, "tokens": None, "prompt": None, "parts": None}])
+    texts = {(name, example.id): example.document for name, example in documents(given)}
+    for row in rows_of(given.out):
+        if row["case"].startswith("map-rank:") and row.get("parts") and (row["set"], row["id"]) in texts:
+            window = settings_of(row["case"], given)[0].window or rounds.WINDOW
+            windows = rounds.cut_windows(texts[row["set"], row["id"]], window, tokenizer)
+            append(given.out, [{**row, "summary": gathered(windows, row["parts"], room, count), "parts": None}])
 
 
 # -- fidelity ---------------------------------------------------------------------------------------------------------
@@ -223,11 +228,11 @@ def fidelity(given: argparse.Namespace) -> None:
     from auvsum.text.prompts import Prompt
 
     begun = time.perf_counter()
-    rows = rows_of(given.out)
+    texts = {(name, example.id): example.document for name, example in documents(given)}
+    rows = [row for row in rows_of(given.out) if (row["set"], row["id"]) in texts]
     written = {(r["set"], r["id"]): r["token_ids"] for r in rows if r["case"] == FULL and r.get("token_ids")}
     prompts = {(r["case"], r["set"], r["id"]): r["prompt"] for r in rows if r.get("prompt")}
     done = {(r["case"], r["set"], r["id"]) for r in rows if "nats" in r}
-    texts = {(name, example.id): example.document for name, example in documents(given)}
     summarizer = Summarizer.from_settings(settings_of(FULL, given)[0])
     own: dict[tuple[str, str], list[float]] = {}
     for case in [FULL, *(case for case in given.cases if case != FULL)]:
@@ -249,7 +254,8 @@ def fidelity(given: argparse.Namespace) -> None:
                 )
             keys.append(key)
             plans.append(plan)
-            requests.append(Request(plan.prompt.ids, plan.budget.slots, len(ids), plan.parts, None, None))
+            span = plan.prompt.document
+            requests.append(Request(plan.prompt.ids, plan.budget.slots, len(ids), plan.parts, None, span))
         for at in range(0, len(keys), MOST_ROWS["cuda"]):
             some = slice(at, at + MOST_ROWS["cuda"])
             forced = _forced(mine, plans[at], requests[some], [written[key] for key in keys[some]])
@@ -323,15 +329,28 @@ def _lexrank(todo: tuple[str, str, str, int]) -> dict[str, Any]:
 
 
 def score(given: argparse.Namespace) -> None:
-    """Scores of every summary and of the document's first words at the same length; one JSON file, no texts."""
+    """Scores of every summary and of the document's first words at the same length; one JSON file, no texts.
+
+    Scores of the same summary that the file has already are kept.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
     from auvsum.eval.coverage import coverage
     from auvsum.eval.encoder import Encoder
-    from auvsum.eval.metrics import Rouge
     from auvsum.eval.texts import first_words
+
+    assert given.json is not None
+    old = json.loads(given.json.read_text(encoding="utf-8"))["rows"] if given.json.is_file() else []
+    known = {(row["case"], row["set"], row["id"], row.get("sha256")): row for row in old}
 
     examples = {(name, example.id): example for name, example in documents(given)}
     rows = [row for row in rows_of(given.out) if (row["set"], row["id"]) in examples]
-    rouge, encoder = Rouge(), Encoder("all-minilm-l6-v2")
+    rouge, encoder = RougeScorer(["rougeL"], use_stemmer=True), Encoder("all-minilm-l6-v2")
+
+    @cache
+    def rouge_l(text: str, reference: str) -> float:
+        return 100 * float(rouge.score(reference, text)["rougeL"].fmeasure)
+
     scored: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
         key = (row["case"], row["set"], row["id"])
@@ -340,27 +359,31 @@ def score(given: argparse.Namespace) -> None:
         if "summary" not in row:
             continue
         example = examples[row["set"], row["id"]]
+        sha256 = hashlib.sha256(row["summary"].encode()).hexdigest()[:16]
+        if kept := known.get((*key, sha256)):
+            mine |= kept
+            continue
         words = len(row["summary"].split())
         lead = first_words(example.document, words)
         texts = {"": row["summary"], "lead_": lead}
         mine |= {
+            "sha256": sha256,
             "words": words,
             "tokens": row.get("tokens"),
             "kv_bytes": row.get("kv_bytes"),
             "error": row.get("error"),
         }
         for prefix, text in texts.items():
-            mine[f"{prefix}rougeL"] = round(rouge.scores(text, example.reference)["rougeL"], 3)
+            mine[f"{prefix}rougeL"] = round(rouge_l(text, example.reference), 3)
             mine[f"{prefix}thirds"] = [round(share, 4) for share in coverage(text, example.document)]
             mine[f"{prefix}text"] = text
-    found = [one for one in scored.values() if "words" in one]
+    found = [one for one in scored.values() if "text" in one]
     for prefix in ("", "lead_"):
         values = encoder.scores(
             [one.pop(f"{prefix}text") for one in found], [examples[one["set"], one["id"]].reference for one in found]
         )
         for one, value in zip(found, values, strict=True):
             one[f"{prefix}bertscore"] = round(value, 3)
-    assert given.json is not None
     record = {
         "benchmark": "strategies",
         "title": given.title,

@@ -20,6 +20,11 @@ RESULTS = common.ROOT / "benchmarks" / "results"
 PAGE = common.ROOT / "docs" / "LONG.md"
 AUTO, SINGLE, LEXRANK = "map-rank:auto:auto", "single:full:auto", "lexrank"
 Scores = dict[tuple[str, str], dict[str, Any]]
+_VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "ROUGE-L": lambda row: float(row["rougeL"]),
+    "BERTScore": lambda row: float(row["bertscore"]),
+    "last third": lambda row: 100 * float(row["thirds"][2]),
+}
 
 
 def main() -> None:
@@ -54,9 +59,10 @@ def _shown(found: Estimate) -> str:
 
 def strategies(record: dict[str, Any]) -> str:
     """Every case beside the first words at its own length, and the differences to what `auto` chooses."""
-    cases: dict[str, Scores] = {}
+    found: dict[str, Scores] = {}
     for row in record["rows"]:
-        cases.setdefault(row["case"], {})[row["set"], row["id"]] = row
+        found.setdefault(row["case"], {})[row["set"], row["id"]] = row
+    cases = {name: scores for name, scores in found.items() if any("words" in row for row in scores.values())}
     sets = sorted({name for scores in cases.values() for name, _ in scores})
     auto = cases[AUTO]
     count = ", ".join(f"{name} {sum(key[0] == name for key in auto)}" for name in sets)
@@ -75,9 +81,23 @@ def strategies(record: dict[str, Any]) -> str:
         _table(["first", "second", "n", "ROUGE-L", "BERTScore", "last third"], list(_pairs(cases))),
     ]
     lines += ["By collection, ROUGE-L and BERTScore:", _by_set(cases, sets)]
-    forced = {name: scores for name, scores in cases.items() if any("nats" in row for row in scores.values())}
+    lines += [
+        f"`{AUTO}` less LexRank and less the first words, by collection, and on every second document (by collection "
+        "and id), on which the shares of the document's own sentences in a summary were not chosen:",
+        _table(
+            ["documents", "n", *(f"{what}, less {other}" for other in ("LexRank", "lead") for what in _VALUES)],
+            [_against(cases, name, [key for key in sorted(auto) if key[0] == name]) for name in sets]
+            + [_against(cases, "every second", sorted(auto)[1::2])],
+        ),
+    ]
+    forced = {name: scores for name, scores in found.items() if any("nats" in row for row in scores.values())}
     if forced:
-        lines += ["Fidelity to the full cache's own summary, for documents that fit the positions:", _fidelity(forced)]
+        lines += [
+            "Fidelity to the full cache's own summary, for the documents that fit the positions: what a case makes of "
+            f"the tokens that `{SINGLE}` wrote, teacher-forced. A prompt of windows' summaries or of central sentences "
+            "is another prompt, so its loss is not the cache's alone.",
+            _fidelity(forced),
+        ]
     return "\n\n".join(lines)
 
 
@@ -97,33 +117,38 @@ def _case(name: str, scores: Scores) -> list[str]:
     ]  # fmt: skip
 
 
+def _against(cases: dict[str, Scores], name: str, keys: list[tuple[str, str]]) -> list[str]:
+    """Differences of `auto`'s choice to LexRank and to the first words, on some documents."""
+    mine = [cases[AUTO][key] for key in keys]
+    lexrank = [cases[LEXRANK][key] for key in keys]
+    found = [
+        paired([value(row) for row in mine], [value(row) for row in others])
+        for others in (lexrank, [_lead(row) for row in mine])
+        for value in _VALUES.values()
+    ]
+    return [name, str(len(keys)), *(_shown(one) for one in found)]
+
+
+def _lead(row: dict[str, Any]) -> dict[str, Any]:
+    """The scores of the first words beside a summary, as if they were one."""
+    return {key.removeprefix("lead_"): value for key, value in row.items() if key.startswith("lead_")}
+
+
 def _pairs(cases: dict[str, Scores]) -> Iterator[list[str]]:
     """`auto`'s choice against every other case, on the documents that both have."""
-    values: dict[str, Callable[[dict[str, Any]], float]] = {
-        "ROUGE-L": lambda row: float(row["rougeL"]),
-        "BERTScore": lambda row: float(row["bertscore"]),
-        "last third": lambda row: 100 * float(row["thirds"][2]),
-    }
     for name, scores in cases.items():
         both = [key for key in cases[AUTO] if key in scores and "words" in scores[key]]
         if name != AUTO and both:
             pairs = [
                 _shown(paired([value(cases[AUTO][key]) for key in both], [value(scores[key]) for key in both]))
-                for value in values.values()
+                for value in _VALUES.values()
             ]
             yield [f"`{AUTO}`", f"`{name}`", str(len(both)), *pairs]
-    keys = list(cases[AUTO])
+    rows = cases[AUTO].values()
     leads = [
-        _shown(
-            paired(
-                [value(cases[AUTO][key]) for key in keys],
-                [value({k.removeprefix("lead_"): v for k, v in cases[AUTO][key].items() if k[:5] == "lead_"})
-                 for key in keys],
-            )
-        )
-        for value in values.values()
-    ]  # fmt: skip
-    yield [f"`{AUTO}`", "lead", str(len(keys)), *leads]
+        _shown(paired([value(row) for row in rows], [value(_lead(row)) for row in rows])) for value in _VALUES.values()
+    ]
+    yield [f"`{AUTO}`", "lead", str(len(rows)), *leads]
 
 
 def _by_set(cases: dict[str, Scores], sets: list[str]) -> str:
@@ -182,21 +207,34 @@ def memory(record: dict[str, Any], stem: str) -> str:
         "GPU, from outside": "gpu_used_bytes",
         "RSS": "rss_bytes",
     }
-    columns = {name: key for name, key in columns.items() if any(row.get(key) for row in record["rows"])}
+    whole = [row for row in record["rows"] if "of" not in row]
+    watched = [row for row in record["rows"] if "of" in row and row["tokens"] >= 2048]
+    columns = {name: key for name, key in columns.items() if any(row.get(key) for row in whole)}
     rows = [
         [
             row["strategy"], f"{row['tokens']:,}", *(f"{row[key] / 2**20:,.0f}" for key in columns.values()),
             f"{row['prefill_s']:,.0f}",
         ]
-        for row in record["rows"]
+        for row in whole
     ]  # fmt: skip
+    watching = ""
+    if watched:
+        watching = (
+            f"\n\nWhile one document of about {watched[-1]['of']:,} tokens was read; the peak of RSS until then, and "
+            "seconds since the process began:\n\n"
+        )
+        watching += _table(
+            ["tokens read", "RSS", "seconds"],
+            [[f"{r['tokens']:,}", f"{r['rss_bytes'] / 2**20:,.0f}", f"{r['seconds']:,.0f}"] for r in watched],
+        )
     what = f"{shape}'s shape with random weights" if shape else "the embedded model"
-    where = record["gpus"][0] if settings["device"].startswith("cuda") else f"{record['cores']} cores"
+    where = record["gpus"][0] if settings["device"].startswith("cuda") else _processor(record)
     picture = f"![Peak memory against length]({stem}.svg)\n\n" if (PAGE.parent / f"{stem}.svg").is_file() else ""
     return (
         f"## Peak memory against length: {what} on {where}\n\n{picture}{settings['policy']}, {settings['budget']} "
         f"slots, chunks of {settings['chunk']}; MiB, RSS as the kernel counts it from outside.\n\n"
         + _table(["strategy", "tokens", *columns, "seconds to read"], rows)
+        + watching
     )
 
 
@@ -208,10 +246,15 @@ def documents(record: dict[str, Any], name: str) -> str:
         for row in record["rows"]
     ]  # fmt: skip
     return (
-        f"## 20,000-token documents on {record['cores']} cores\n\nBy the command line, model load included "
+        f"## 20,000-token documents on {_processor(record)}\n\nBy the command line, model load included "
         f"(`{name}`, load average {record['load_average']} at the start). The goal, 400 in 2 hours, is 200 an hour.\n\n"
         + _table(["settings", "documents", "tokens each", "seconds", "seconds a document", "documents an hour"], rows)
     )
+
+
+def _processor(record: dict[str, Any]) -> str:
+    """How many cores, of which processor, and how it computes in 16 bits."""
+    return f"{record['cores']} cores ({record['cpu']}, {' and '.join(record['bf16']) or 'without bf16'})"
 
 
 def tokenizing(record: dict[str, Any], name: str) -> str:

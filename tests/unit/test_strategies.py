@@ -101,9 +101,9 @@ def test_the_summary_of_map_reduce_is_that_of_its_windows_summaries(folders: dic
 
 
 def test_map_rank_keeps_sentences_of_its_windows_summaries(folders: dict[str, str]) -> None:
-    """By hand: cut, summarize each window by itself in few tokens, keep the best sentences."""
+    """By hand: cut, summarize each window by itself in few tokens, keep the best sentences and some of the document."""
     from auvsum import rounds
-    from auvsum.text.central import best_sentences
+    from auvsum.text.central import gathered
 
     settings: dict[str, Any] = {"window": 500, "budget": "60%"}
     model = summarizer(folders["llama"], strategy="map-rank", max_tokens=200, **settings)
@@ -116,43 +116,82 @@ def test_map_rank_keeps_sentences_of_its_windows_summaries(folders: dict[str, st
     count = rounds._counter(model.loaded.tokenizer)
     heard: list[str] = []
     summary = model.summarize(LONG, on_text=heard.append)
-    assert summary.text == "".join(heard) == best_sentences(parts, 200, count)
+    assert summary.text == "".join(heard) == gathered(plan.windows, parts, 200, count)
     assert summary.record()["tokens"]["generated"] == sum(len(alone.summarize(w.text).token_ids) for w in plan.windows)
     (alike,) = model.run([Document("a", LONG, "utf-8")], together=False)
     assert alike.record()["summary"] == summary.text
 
 
-def test_the_best_sentences_are_central_whole_and_of_all_parts() -> None:
-    from auvsum.text.central import best_sentences
+def _words(pieces: Any) -> list[int]:
+    return [len(piece.split()) for piece in pieces]
 
-    def count(pieces: Any) -> list[int]:
-        return [len(piece.split()) for piece in pieces]
+
+def test_the_best_sentences_are_central_whole_and_of_all_parts() -> None:
+    from auvsum.text import central
+
+    def best(parts: list[str], room: int, most: int | None = None, known: tuple[str, ...] = ()) -> str:
+        return " ".join(text for _, text in central.best_sentences(parts, room, _words, most, known))
 
     first = "Prices rose in the north. Nobody knew of snow. Prices rose in the"
     second = "Prices rose in the south too. Prices rose in the north."
     third = "Wages and prices rose in the east. Wages rose in the"
-    chosen = best_sentences([first, second, third], 24, count)
-    assert chosen == "Prices rose in the north. Prices rose in the south too. Wages and prices rose in the east."
-    assert best_sentences([first, second, third], 100, count, most=1).count(".") == 1
-    assert best_sentences([first, second, third], 100, count).count("Prices rose in the north.") == 1
-    assert "Nobody knew" in best_sentences([first, second, third], 100, count)
-    assert best_sentences(["a summary that was cut off"], 3, count) == "a summary that was cut off"
-    assert best_sentences(["", "…"], 10, count) == ""
+    all_three = [first, second, third]
+    north, south, east = (
+        "Prices rose in the north.",
+        "Prices rose in the south too.",
+        "Wages and prices rose in the east.",
+    )
+    assert best(all_three, 24) == f"{north} {south} {east}"
+    assert central.best_sentences(all_three, 24, _words) == [(0, north), (1, south), (2, east)]
+    assert best(all_three, 100, most=1).count(".") == 1
+    assert best(all_three, 100).count(north) == 1
+    assert best(all_three, 100, known=(north,)).count(north) == 0
+    assert "Nobody knew" in best(all_three, 100)
+    assert best(["a summary that was cut off"], 3) == "a summary that was cut off"
+    assert best(["", "…"], 10) == ""
+
+
+def test_a_summary_from_windows_has_the_documents_first_and_central_sentences() -> None:
+    """A quarter each; in the order of the document, what is written of a window before the window's own sentences."""
+    from auvsum.text import central
+    from auvsum.text.windows import Window
+
+    opening = "The council of the town met twice in May."
+    hub = "The bridge, its toll and the harbour cost money."
+    others = ["The bridge and the toll were old and grey.", "The harbour has a long wall made of stone."]
+    text = "\n\n".join(["Minutes", opening, others[0], hub, others[1], "It rained for a day, says Ms Lane of York."])
+    middle = text.index(others[1])
+    windows = [Window(text, 0, middle, "", 0), Window(text, middle, len(text), "", 0)]
+    parts = ["A bridge is planned by the council.", "A harbour is planned by the council."]
+    assert central.gathered(windows, parts, 48, _words) == " ".join([opening, parts[0], hub, parts[1]])
+    assert central.gathered(windows, parts, 100, _words, most=4).count(".") == 4
+    assert central.gathered(windows, parts, 48, _words, most=3) == " ".join(parts)
+    assert central.gathered(windows, [opening, parts[1]], 48, _words).count(opening) == 1
+    assert central.gathered(windows, ["", "…"], 48, _words) == ""
 
 
 def test_extract_summarizes_the_central_sentences(folders: dict[str, str]) -> None:
+    """By hand: half of the summary is written from the central sentences, the rest is the document's own."""
     from auvsum import rounds
+    from auvsum.text.central import gathered
+    from auvsum.text.windows import Window
 
     text = (Path(__file__).parents[2] / "samples" / "money-bail.txt").read_text(encoding="utf-8")[:9000]
-    model = summarizer(folders["llama"], strategy="extract", window=300, budget="60%")
+    model = summarizer(folders["llama"], strategy="extract", window=300, budget="60%", max_tokens=160)
     plan = model.plan(text)
     (window,) = rounds.sentences_to_read(text, 300, model.loaded.tokenizer)
     assert 150 < window.tokens <= 310
     assert plan.strategy == "extract"
     assert plan.document_tokens > 10 * window.tokens
     assert f"the {window.tokens:,} tokens of the central sentences" in plan.warnings[0]
-    alone = summarizer(folders["llama"], strategy="single", budget="60%")
-    assert model.summarize(text).text == alone.summarize(window.text).text
+    alone = summarizer(folders["llama"], strategy="single", budget="60%", max_tokens=80)
+    written = alone.summarize(window.text)
+    count = rounds._counter(model.loaded.tokenizer)
+    expected = gathered([Window(text, 0, len(text), "", 0)], [written.text], 160, count)
+    summary = model.summarize(text)
+    assert summary.text == expected
+    assert len(expected) > len(written.text)
+    assert summary.record()["tokens"]["generated"] == len(written.token_ids)
     # What holds no sentences is read in windows; what is short is read whole.
     assert len(model.plan("abc " * 2000).windows) > 1
     assert model.plan(SENTENCE).windows[0].text == SENTENCE.strip()
