@@ -9,7 +9,7 @@ from auvsum.errors import RunError
 from auvsum.eval.cells import FULL, cells
 from auvsum.eval.config import EvalConfig
 from auvsum.eval.encoder import Encoder
-from auvsum.eval.metrics import ROUGE, Rouge, estimate, paired, rouge_sees
+from auvsum.eval.metrics import ROUGE, Pair, estimate, paired, rouge_scores, rouge_sees
 from auvsum.eval.runs import METRICS, Run
 from auvsum.eval.texts import first_words
 
@@ -18,11 +18,15 @@ FIDELITY = ("agreement", "nats")
 Scores = dict[str, list[float | None]]
 
 
-def score(run: Run, *, encoder: Encoder | None, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def score(
+    run: Run, *, encoder: Encoder | None, jobs: int = 1, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Scores a run and writes its `metrics.json`.
 
     Args:
         encoder: of BERTScore; None leaves it out.
+        jobs: processes for ROUGE.
+        progress: hears what takes long.
 
     Raises:
         RunError: no documents. MetricError: a score that is not a number.
@@ -39,11 +43,9 @@ def score(run: Run, *, encoder: Encoder | None, progress: Callable[[str], None] 
                 f"{run.path}: document {sample['id']} has no row {missing[0]!r}, its config.yaml asks for one",
                 "a run's files belong together: measure again with another --out",
             )
-    table = _Table(config, measured, encoder)
-    rows: dict[str, Any] = {}
-    for name in names:
-        progress(f"scoring {name}")
-        rows[name] = table.row(name)
+    table = _Table(config, measured)
+    table.judge(encoder, jobs, progress)
+    rows = {name: table.row(name) for name in names}
     metrics = {
         "config": {"dataset": config.dataset, "model": config.model, "condition": config.condition},
         "setting": measured[0]["setting"],
@@ -62,23 +64,41 @@ def score(run: Run, *, encoder: Encoder | None, progress: Callable[[str], None] 
 
 
 class _Table:
-    def __init__(self, config: EvalConfig, samples: list[dict[str, Any]], encoder: Encoder | None) -> None:
+    def __init__(self, config: EvalConfig, samples: list[dict[str, Any]]) -> None:
+        self.config, self.samples = config, samples
         self.cells = {cell.name: cell for cell in cells(config)}
-        self.samples, self.encoder = samples, encoder
-        self.rouge = Rouge() if "rouge" in config.metrics else None
         self.lengths = [len((s["rows"][FULL].get("summary") or "").split()) for s in samples]
+        #: What is known of each pair: metric -> score.
+        self.judged: dict[Pair, dict[str, float]] = {}
+
+    def judge(self, encoder: Encoder | None, jobs: int, progress: Callable[[str], None]) -> None:
+        """Scores every pair of summary and reference, the same pair once: many rows write the same, and most are not
+        changed by cutting them to the length of the full cache's."""
+        texts = [made for name in self.cells for made in (self._texts(name), self._matched(name))]
+        # Document after document, so that what is known of a reference is used while it is there.
+        found = dict.fromkeys(pair for pairs in zip(*map(self._pairs, texts), strict=True) for pair in pairs if pair)
+        pairs = list(found)
+        self.judged = {pair: {} for pair in pairs}
+        if pairs and "rouge" in self.config.metrics:
+            progress(f"ROUGE of {len(pairs):,} summaries")
+            for pair, scores in zip(pairs, rouge_scores(pairs, jobs), strict=True):
+                self.judged[pair] |= scores
+        if pairs and encoder is not None:
+            progress(f"BERTScore of {len(pairs):,} summaries")
+            for pair, value in zip(pairs, encoder.scores(*zip(*pairs, strict=True)), strict=True):
+                self.judged[pair]["bertscore"] = value
 
     def row(self, name: str) -> dict[str, Any]:
         """A row of the table: what it is, the mean of each score, and each document's own."""
         cell = self.cells[name]
         found = [sample["rows"][name] for sample in self.samples]
         scores: Scores = {metric: [row.get(metric) for row in found] for metric in FIDELITY}
-        texts = [row.get("summary") for row in found]
+        texts = self._texts(name)
         scores["words"] = [None if text is None else float(len(text.split())) for text in texts]
         scores["tokens_per_s"] = [row.get("tokens_per_s") for row in found]
         scores |= self._against_references(texts)
-        short = [None if t is None else first_words(t, n) for t, n in zip(texts, self.lengths, strict=True)]
-        scores |= {f"{metric}@matched": values for metric, values in self._against_references(short).items()}
+        matched = self._against_references(self._matched(name))
+        scores |= {f"{metric}@matched": values for metric, values in matched.items()}
         return {
             "kind": cell.kind,
             "policy": cell.label,
@@ -94,23 +114,22 @@ class _Table:
             "documents": {m: _rounded(values) for m, values in scores.items() if _known(values)},
         }
 
+    def _texts(self, name: str) -> list[str | None]:
+        return [sample["rows"][name].get("summary") for sample in self.samples]
+
+    def _matched(self, name: str) -> list[str | None]:
+        """A row's summaries cut to the length of the full cache's."""
+        texts = zip(self._texts(name), self.lengths, strict=True)
+        return [None if text is None else first_words(text, words) for text, words in texts]
+
+    def _pairs(self, texts: Sequence[str | None]) -> list[Pair | None]:
+        """Each summary with its reference, None where either is missing."""
+        both = zip(texts, self.samples, strict=True)
+        return [(text, s["reference"]) if text is not None and s["reference"] else None for text, s in both]
+
     def _against_references(self, texts: Sequence[str | None]) -> Scores:
-        at = [i for i, (s, t) in enumerate(zip(self.samples, texts, strict=True)) if t is not None and s["reference"]]
-        scores: Scores = {}
-        hypotheses, references = [texts[i] or "" for i in at], [self.samples[i]["reference"] for i in at]
-
-        def put(metric: str, values: Sequence[float]) -> None:
-            scores[metric] = [None] * len(texts)
-            for i, value in zip(at, values, strict=True):
-                scores[metric][i] = value
-
-        if self.rouge is not None:
-            found = [self.rouge.scores(h, r) for h, r in zip(hypotheses, references, strict=True)]
-            for metric in ROUGE:
-                put(metric, [one[metric] for one in found])
-        if self.encoder is not None:
-            put("bertscore", self.encoder.scores(hypotheses, references))
-        return scores
+        found = [self.judged[pair] if pair else {} for pair in self._pairs(texts)]
+        return {metric: [one.get(metric) for one in found] for metric in (*ROUGE, "bertscore")}
 
 
 def _pairs(rows: dict[str, Any]) -> list[dict[str, Any]]:
