@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,8 @@ class Encoder:
         return f"{self.name}, layer {self.layer}, {'rescaled' if self.rescale else 'not rescaled'}"
 
     def scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
-        """BERTScore F1 in percent, pair by pair; 0 for an empty hypothesis, on which `bert-score` crashes.
+        """BERTScore F1 in percent, pair by pair; 0 for an empty hypothesis, on which `bert-score` crashes, and for
+        one of which the encoder knows nothing.
 
         Raises:
             MetricError: an empty reference, or a score that is not a number.
@@ -60,7 +63,8 @@ class Encoder:
         pairs.sort(key=lambda pair: (len(pair[2]), pair[2], len(pair[1])))
         result = [0.0] * len(hypotheses)
         for together in _by_reference(pairs):
-            with warnings.catch_warnings():
+            # `bert-score` says once a batch that the encoder knows nothing of some text: `auvsum score` counts them.
+            with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
                 warnings.simplefilter("ignore")
                 if self._scorer is None:
                     self._scorer = self._load()

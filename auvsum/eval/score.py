@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
-from auvsum.errors import RunError
+from auvsum.errors import MetricError, RunError
 from auvsum.eval.cells import FULL, cells
 from auvsum.eval.config import EvalConfig
 from auvsum.eval.encoder import Encoder
@@ -45,6 +47,12 @@ def score(
                 f"{run.path}: document {sample['id']} has no row {missing[0]!r}, its config.yaml asks for one",
                 "a run's files belong together: measure again with another --out",
             )
+        for name, metric in product(names, FIDELITY):
+            if not math.isfinite(value := sample["rows"][name].get(metric, 0.0)):
+                raise MetricError(
+                    f"{run.path}: document {sample['id']}, row {name!r}: a score is {value}",
+                    "it must be a number: measure the document again",
+                )
     table = _Table(config, measured)
     table.judge(encoder, jobs, progress)
     rows = {name: table.row(name) for name in names}
@@ -99,6 +107,7 @@ class _Table:
         scores["words"] = [None if text is None else float(len(text.split())) for text in texts]
         scores["tokens_per_s"] = [row.get("tokens_per_s") for row in found]
         scores |= self._against_references(texts)
+        bertscores = scores["bertscore"]
         matched = self._against_references(self._matched(name))
         scores |= {f"{metric}@matched": values for metric, values in matched.items()}
         return {
@@ -111,6 +120,7 @@ class _Table:
             "slots": _mean([row.get("slots") for row in found]),
             "refused": sum("error" in row for row in found),
             "empty": sum(text is not None and not text.strip() for text in texts),
+            "unread": sum(bool(t and t.strip()) and s == 0 for t, s in zip(texts, bertscores, strict=True)),
             "kept": _columns([row["kept"] for row in found if len(row.get("kept", ())) == 10]),
             "scores": {m: estimate(known).record() for m, values in scores.items() if (known := _known(values))},
             "documents": {m: _rounded(scores[m]) for m in PAIRED if _known(scores[m])},
@@ -176,6 +186,8 @@ def _notes(config: EvalConfig, samples: list[dict[str, Any]], rows: dict[str, An
             notes.append(f"{row['refused']} documents are too short for {name}: it stands for fewer documents")
         if row["empty"]:
             notes.append(f"{row['empty']} summaries of {name} are empty: they count as 0")
+        if row["unread"]:
+            notes.append(f"{row['unread']} summaries of {name} hold no word that the encoder knows: BERTScore 0")
     return notes
 
 

@@ -41,7 +41,7 @@ class Counting(Encoder):
 
     def scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
         self.asked += zip(hypotheses, references, strict=True)
-        return [100 * len(set(h.split()) & set(r.split())) / len(h.split()) for h, r in self.asked]
+        return [100 * len(set(h.split()) & set(r.split())) / max(1, len(h.split())) for h, r in self.asked]
 
 
 @pytest.fixture
@@ -94,6 +94,18 @@ def test_equal_bytes_and_the_papers_accounting_stand_beside_each_other(run: Run)
     assert "of the 2 with the paper's five examples better in 1, worse in 1." in text
     assert "| paper | 5-shot | 6 | _+0.40 [+0.40, +0.40]_ |" in text
     assert "| paper (paper accounting) | 5-shot | 6 | **-0.20 [-0.20, -0.20]** |" in text
+
+
+def test_a_summary_that_the_encoder_cannot_read_is_told(run: Run) -> None:
+    samples = list(run.samples())
+    samples[2]["rows"]["h2o @ 10%"]["summary"] = "*"
+    samples[3]["rows"]["h2o @ 10%"]["summary"] = " "
+    (run.path / "samples.jsonl").unlink()
+    for sample in samples:
+        run.append(sample)
+    notes = score(run, encoder=Counting())["notes"]
+    assert "1 summaries of h2o @ 10% hold no word that the encoder knows: BERTScore 0" in notes
+    assert "1 summaries of h2o @ 10% are empty: they count as 0" in notes
 
 
 def test_what_is_compared_has_its_interval(run: Run) -> None:
