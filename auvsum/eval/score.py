@@ -166,6 +166,11 @@ def _comparable(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return bool(first["budget"] == second["budget"] and first["scope"] == second["scope"])
 
 
+def more_than_its_budget(cut: dict[str, Any], cache: dict[str, Any]) -> bool:
+    """Whether a truncated prompt, which needs its frame and some tokens of the document, holds more than a cache."""
+    return bool(cut["bytes"] > 1.1 * cache["bytes"])
+
+
 def _unfinished(run: Run, count: int) -> list[str]:
     """A run that was stopped says so wherever it is shown."""
     wanted = run.environment().get("documents", count)
@@ -182,6 +187,9 @@ def _notes(config: EvalConfig, samples: list[dict[str, Any]], rows: dict[str, An
     if short := [s for s in samples if s["shortened"]]:
         notes.append(f"{len(short)} of {len(samples)} documents were cut to {config.max_document_tokens:,} tokens")
     for name, row in rows.items():
+        caches = [one for one in rows.values() if one["kind"] == "cache" and _comparable(row, one) and one["bytes"]]
+        if row["kind"] == "cut" and any(more_than_its_budget(row, one) for one in caches):
+            notes.append(f"{name} holds more bytes than the caches beside it: a prompt needs its frame and 16 tokens")
         if row["refused"]:
             notes.append(f"{row['refused']} documents are too short for {name}: it stands for fewer documents")
         if row["empty"]:

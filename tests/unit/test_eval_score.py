@@ -108,9 +108,24 @@ def test_a_summary_that_the_encoder_cannot_read_is_told(run: Run) -> None:
     assert "1 summaries of h2o @ 10% are empty: they count as 0" in notes
 
 
+def test_a_truncation_that_holds_more_bytes_is_no_comparison(run: Run) -> None:
+    score(run, encoder=None)
+    said = "Truncating the prompt to the same bytes loses fewer nats than h2o @ 10%, auv @ 10%."
+    assert said in results([run])
+    samples = list(run.samples())
+    (run.path / "samples.jsonl").unlink()
+    for sample in samples:
+        sample["rows"]["truncated prompt @ 10%"]["bytes"] = 111
+        run.append(sample)
+    notes = score(run, encoder=None)["notes"]
+    assert [note for note in notes if note.startswith("truncated prompt @ 10% holds more bytes")]
+    assert "Truncating" not in results([run])
+
+
 def test_what_is_compared_has_its_interval(run: Run) -> None:
     score(run, encoder=Counting())
     (line,) = [line for line in render([run], "md").splitlines() if line.startswith("| h2o @ 10% |")]
     assert "| 0.525 [0.5" in line
+    assert line.endswith("| 0%, 100% | 6 |")
     rouge = Rouge().scores("A mill was sold.", "The mill number 0 was sold in May.")["rouge1"]
     assert f"| {rouge:.1f} |" in line  # the same for all six: no interval to show
