@@ -29,8 +29,8 @@ brackets the 95% bootstrap interval, here and for all others); *matched* is afte
 the full cache's. *first words* and *LexRank* use no language model; *truncated prompt* is a full cache over as much of
 the beginning as the bytes hold. A share of the full cache's ROUGE or BERTScore is not quality by itself where copying
 the lead scores as high. *kept* is which share of the document's first and of its last tenth the heads hold when it has
-been read. *paper* is the paper's accounting, a share of the tokens, in which AUV holds half as many slots
-again and nobody's state is counted; all other budgets are shares of the bytes, and *bytes* is what a row really held.
+been read. *paper* is the paper's accounting, a share of the tokens, in which AUV holds half as many slots again and
+nobody's state is counted; all other budgets are shares of the bytes, and *bytes* is what a row really held.
 """
 
 
