@@ -54,8 +54,12 @@ class SingleStep(SlotPolicy):
         """By which the prompt's tokens are chosen, `[G, C]`."""
 
     @abc.abstractmethod
-    def victim(self, store: SlotStore, row: int, first: slice) -> Tensor:
-        """The slot that each head gives up, int64 `[G]`, among the slots `first`."""
+    def victim(self, store: SlotStore, rows: Tensor, first: Tensor) -> Tensor:
+        """The slot that each head of some rows gives up, int64 `[N, G]`.
+
+        Args:
+            rows: int64 `[N]`. first: bool `[N, 1, S]`, the slots of each row's first half.
+        """
 
     def capacity(self, slots: int) -> int:
         return slots // 2 * 2
@@ -73,9 +77,11 @@ class SingleStep(SlotPolicy):
         local = store.capacity // 2
         at = next_slot(store, local)
         taken = store.valid[:, 0].gather(1, at[:, None])[:, 0] & store.active
-        for row in taken.nonzero()[:, 0].tolist():
-            victims = self.victim(store, row, slice(0, int(local[row])))[:, None]
-            store.move(row, at[row].expand_as(victims), victims)
+        rows = taken.nonzero()[:, 0]
+        if len(rows):
+            first = torch.arange(store.slots, device=rows.device) < local[rows, None, None]
+            victims = self.victim(store, rows, first)[..., None]
+            store.move(rows, at[rows, None, None].expand_as(victims), victims)
         return at[:, None].expand(store.positions.shape[:2])
 
     def observe(self, store: SlotStore, probabilities: Tensor) -> None:

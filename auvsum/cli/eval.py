@@ -137,6 +137,7 @@ def score_command(
     encoder: EncoderFlag = None,
     encoder_layer: EncoderLayer = None,
     rescale: Rescale = None,
+    jobs: Annotated[int, typer.Option(help="Processes for ROUGE.", min=1, metavar="N")] = 1,
     device: options.Device = None,
     color: options.ColorOption = options.Color.auto,
     quiet: options.Quiet = False,
@@ -160,7 +161,7 @@ def score_command(
         if encoder is not None and encoder_layer is None:
             config = EvalConfig.from_mapping({**vars(config), "encoder_layer": None})
         config = EvalConfig.from_mapping({**vars(config), **{k: v for k, v in changed.items() if v is not None}})
-        _score(console, kept, _encoder(config, device or "auto", False))
+        _score(console, kept, _encoder(config, device or "auto", False), jobs)
         return 0
 
     return guarded(console, work)
@@ -204,16 +205,16 @@ def _evaluate(console: Console, config: EvalConfig, run: Run, resume: bool, mach
     if machine.write_only:
         console.note(f"kept in {run.path}; type: auvsum score {run.path}")
         return int(any(sample["error"] for sample in run.samples()))
-    metrics = _score(console, run, encoder)
+    metrics = _score(console, run, encoder, machine.jobs)
     return 1 if metrics["failed"] else 0
 
 
-def _score(console: Console, run: Run, encoder: Encoder | None) -> dict[str, Any]:
+def _score(console: Console, run: Run, encoder: Encoder | None, jobs: int) -> dict[str, Any]:
     from auvsum.eval.score import score
     from auvsum.eval.tables import render
 
     with console.status("scoring"):
-        metrics = score(run, encoder=encoder)
+        metrics = score(run, encoder=encoder, jobs=jobs, progress=console.note)
     console.write(render([run], "text"))
     console.note(f"kept in {run.path}; auvsum report {run.path} --html makes a page of it")
     return metrics

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from auvsum.engine.fetch import pull_encoder
 from auvsum.engine.locate import hub_snapshot_of
 from auvsum.engine.staging import Progress, read_marker, silent
 from auvsum.errors import ConfigError, MetricError, ModelNotFound
+
+#: A pair of long texts holds 1.5 MB in `bert-score` until its call is done.
+_PAIRS_A_CALL = 500
+#: Its place in what was asked, a summary, its reference.
+_Numbered = tuple[int, str, str]
 
 
 class Encoder:
@@ -43,7 +50,8 @@ class Encoder:
         return f"{self.name}, layer {self.layer}, {'rescaled' if self.rescale else 'not rescaled'}"
 
     def scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
-        """BERTScore F1 in percent, pair by pair; 0 for an empty hypothesis, on which `bert-score` crashes.
+        """BERTScore F1 in percent, pair by pair; 0 for an empty hypothesis, on which `bert-score` crashes, and for
+        one of which the encoder knows nothing.
 
         Raises:
             MetricError: an empty reference, or a score that is not a number.
@@ -51,18 +59,20 @@ class Encoder:
         if any(not reference.strip() for reference in references):
             raise MetricError("BERTScore was asked to compare with an empty reference", "leave such rows out")
         pairs = [(i, h, r) for i, (h, r) in enumerate(zip(hypotheses, references, strict=True)) if h.strip()]
+        # Texts of one length beside each other need least padding.
+        pairs.sort(key=lambda pair: (len(pair[2]), pair[2], len(pair[1])))
         result = [0.0] * len(hypotheses)
-        if not pairs:
-            return result
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if self._scorer is None:
-                self._scorer = self._load()
-            _, _, f1 = self._scorer.score([h for _, h, _ in pairs], [r for _, _, r in pairs])
-        if not bool(f1.isfinite().all()):
-            raise MetricError(f"the encoder {self.name} gave scores that are not numbers", "use another --encoder")
-        for (i, _, _), value in zip(pairs, f1.tolist(), strict=True):
-            result[i] = 100 * value
+        for together in _by_reference(pairs):
+            # `bert-score` says once a batch that the encoder knows nothing of some text: `auvsum score` counts them.
+            with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+                warnings.simplefilter("ignore")
+                if self._scorer is None:
+                    self._scorer = self._load()
+                _, _, f1 = self._scorer.score([h for _, h, _ in together], [r for _, _, r in together])
+            if not bool(f1.isfinite().all()):
+                raise MetricError(f"the encoder {self.name} gave scores that are not numbers", "use another --encoder")
+            for (i, _, _), value in zip(together, f1.tolist(), strict=True):
+                result[i] = 100 * value
         return result
 
     def _load(self) -> Any:
@@ -82,6 +92,19 @@ class Encoder:
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ...
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise MetricError(f"the encoder {self.name} cannot be loaded: {reason}", "use another --encoder") from error
+
+
+def _by_reference(pairs: Sequence[_Numbered]) -> Iterator[list[_Numbered]]:
+    """Some pairs at a time, those of one reference together: `bert-score` encodes each text of a call once, and holds
+    all that it encoded until the call is done."""
+    together: list[_Numbered] = []
+    for pair in pairs:
+        if len(together) >= _PAIRS_A_CALL and pair[2] != together[-1][2]:
+            yield together
+            together = []
+        together.append(pair)
+    if together:
+        yield together
 
 
 def _own_layer(name: str) -> int:

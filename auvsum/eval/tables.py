@@ -26,6 +26,8 @@ COLUMNS = {
     "rouge1@matched": ("R-1 matched", 1),
     "bertscore@matched": ("BERTScore matched", 1),
 }
+#: Columns whose interval stands beside the mean.
+_WITH_INTERVAL = ("agreement", "nats", "rouge1", "bertscore")
 
 
 def merge(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -76,9 +78,10 @@ def heads(metrics: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def cells_of(rows: Sequence[dict[str, Any]], *, several: bool) -> list[list[str]]:
-    """Head and rows as text; an interval stands beside the two fidelity scores."""
+    """Head and rows as text; an interval stands beside the scores that are compared. `kept` is the share of the tokens
+    of the document's first and of its last tenth: a truncation in disguise shows there."""
     shown = [metric for metric in COLUMNS if any(metric in row["scores"] for row in rows)]
-    head = [*(["run"] if several else []), "cache", "bytes", "slots", *(COLUMNS[m][0] for m in shown), "n"]
+    head = [*(["run"] if several else []), "cache", "bytes", "slots", *(COLUMNS[m][0] for m in shown), "kept", "n"]
     table = [head]
     for row in rows:
         counts = [row["scores"][m]["n"] for m in shown if m in row["scores"]]
@@ -89,6 +92,7 @@ def cells_of(rows: Sequence[dict[str, Any]], *, several: bool) -> list[list[str]
                 size(row["bytes"]) if row["bytes"] else "-",
                 f"{row['slots']:,.0f}" if row["slots"] else "-",
                 *(_value(row, metric) for metric in shown),
+                f"{row['kept'][0]:.0%}, {row['kept'][-1]:.0%}" if row["kept"] else "-",
                 str(max(counts, default=0)),
             ]
         )
@@ -101,7 +105,7 @@ def _value(row: dict[str, Any], metric: str) -> str:
         return "-"
     digits = COLUMNS[metric][1]
     text = f"{found['mean']:.{digits}f}"
-    if metric in ("agreement", "nats") and found["low"] != found["high"]:
+    if metric in _WITH_INTERVAL and found["low"] != found["high"]:
         text += f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
     return text
 

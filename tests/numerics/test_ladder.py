@@ -43,7 +43,7 @@ def victims(policy: Any, aas: Tensor, usage: Tensor, count: int) -> list[list[in
     """The victims one after the other; what has gone is out of reach."""
     store, out = store_of(aas, usage), []
     for _ in range(count):
-        at = policy.victim(store, 0, slice(0, KEYS))
+        at = policy.victim(store, torch.tensor([0]), torch.ones((1, 1, KEYS), dtype=torch.bool))[0]
         out.append(at.tolist())
         heads = torch.arange(HEADS)
         store.state["usage"][0, heads, at] = 1e9

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
 from sumy.summarizers.lex_rank import LexRankSummarizer
 
 from auvsum.budget import CacheShape
@@ -15,7 +19,7 @@ from auvsum.eval.cells import cells, resolved, shade, tenths
 from auvsum.eval.config import EvalConfig, split_list, split_policy
 from auvsum.eval.datasets import Example, load_examples, sample_file
 from auvsum.eval.encoder import Encoder
-from auvsum.eval.metrics import Rouge, estimate, paired, rouge_sees
+from auvsum.eval.metrics import ROUGE, Rouge, estimate, paired, rouge_scores, rouge_sees
 from auvsum.eval.plots import pareto
 from auvsum.eval.recipes import configurations
 from auvsum.eval.runner import select
@@ -37,6 +41,29 @@ def test_rouge_of_known_pairs() -> None:
     swapped = rouge.scores("They left the town. The mill was sold.", "The mill was sold. They left the town.")
     assert swapped["rougeLsum"] == pytest.approx(100)
     assert swapped["rougeL"] < 60
+
+
+def test_rouge_is_that_of_the_package() -> None:
+    """Ties among longest common subsequences included: few different words make many of them."""
+    draw = random.Random(0)
+    plain, ours = RougeScorer(list(ROUGE), use_stemmer=True), Rouge()
+    for _ in range(300):
+        words = [f"{stem}{ending}" for stem in ("mill", "bank", "town") for ending in ("", "s", "ing", "ed")]
+        known = words[: draw.choice((2, 5, 12))]
+
+        def text(known: list[str] = known) -> str:
+            return "\n\n".join(" ".join(draw.choices(known, k=draw.randint(1, 14))) for _ in range(draw.randint(1, 5)))
+
+        hypothesis, reference = text(), text()
+        found = plain.score(*("\n".join(sentences(one)) for one in (reference, hypothesis)))
+        assert ours.scores(hypothesis, reference) == {
+            name: pytest.approx(100 * score.fmeasure, abs=1e-12) for name, score in found.items()
+        }
+
+
+def test_rouge_by_processes_is_rouge() -> None:
+    pairs = [(f"the mill was sold to {name}", "a mill was sold") for name in ("him", "her", "nobody", "a mill")]
+    assert rouge_scores(pairs, jobs=2) == rouge_scores(pairs) == [Rouge().scores(*pair) for pair in pairs]
 
 
 def test_an_empty_reference_is_refused() -> None:
@@ -61,6 +88,14 @@ def test_bootstrap_is_seeded_and_holds_the_mean() -> None:
     assert estimate([3.0]).low == 3.0
 
 
+def test_resamples_are_those_of_pythons_generator() -> None:
+    values = [math.sin(i) for i in range(23)]
+    draw = random.Random(3)
+    means = sorted(math.fsum(draw.choices(values, k=23)) / 23 for _ in range(2000))
+    found = estimate(values, seed=3)
+    assert (found.low, found.high) == (pytest.approx(means[50], abs=1e-12), pytest.approx(means[1949], abs=1e-12))
+
+
 def test_paired_differences_are_narrower_than_their_parts() -> None:
     first = [float(i) for i in range(30)]
     second = [value + 0.5 + 0.01 * (i % 3) for i, value in enumerate(first)]
@@ -78,6 +113,23 @@ def test_what_is_no_number_is_never_averaged_away(bad: float) -> None:
 def test_bertscore_leaves_empty_hypotheses_to_nobody() -> None:
     encoder = Encoder.__new__(Encoder)  # no model: it must not be asked
     assert encoder.scores(["", "  "], ["a", "b"]) == [0.0, 0.0]
+
+
+def test_bertscore_is_asked_for_one_reference_at_once_and_answers_in_order() -> None:
+    class Scorer:
+        def __init__(self) -> None:
+            self.calls: list[list[str]] = []
+
+        def score(self, hypotheses: list[str], references: list[str]) -> tuple[Any, Any, torch.Tensor]:
+            self.calls.append(references)
+            return None, None, torch.tensor([float(hypothesis) for hypothesis in hypotheses])
+
+    encoder = Encoder.__new__(Encoder)
+    encoder._scorer = Scorer()
+    asked = [(str(i), "abc"[i % 3] * (i % 3 + 1)) for i in range(1501)]
+    found = encoder.scores([hypothesis for hypothesis, _ in asked], [reference for _, reference in asked])
+    assert found == [100.0 * i for i in range(1501)]
+    assert [len(set(call)) for call in encoder._scorer.calls] == [1, 1, 1]
     with pytest.raises(MetricError):
         encoder.scores(["a"], [" "])
 

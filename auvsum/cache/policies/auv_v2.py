@@ -24,16 +24,16 @@ class AuvV2(AuvV3):
     name: ClassVar[str] = "auv-v2"
     paper: ClassVar[str] = "AUV, ablation V2: naive single-step eviction"
 
-    def victim(self, store: SlotStore, row: int, first: slice) -> Tensor:
-        usage = store.state["usage"][row, :, first]
-        order = ascending(store.state["aas"][row, :, first], store.positions[row, :, first])
-        fewest = usage.amin(-1, keepdim=True)
-        chance = (usage == fewest).gather(-1, order).to(torch.int8)
+    def victim(self, store: SlotStore, rows: Tensor, first: Tensor) -> Tensor:
+        usage = store.state["usage"][rows]
+        order = ascending(store.state["aas"][rows].masked_fill(~first, torch.inf), store.positions[rows])
+        fewest = usage.masked_fill(~first, torch.inf).amin(-1, keepdim=True)
+        chance = (first & (usage == fewest)).gather(-1, order).to(torch.int8)
         turn = chance.argmax(-1, keepdim=True)
         passed = torch.arange(order.shape[-1], device=order.device) < turn
-        usage.sub_(fewest)
-        usage.scatter_add_(-1, order, -passed.to(usage.dtype))
-        return order.gather(-1, turn)[:, 0]
+        left = (usage - fewest).scatter_add(-1, order, -passed.to(usage.dtype))
+        store.state["usage"][rows] = torch.where(first, left, usage)
+        return order.gather(-1, turn)[..., 0]
 
 
 POLICY = AuvV2

@@ -41,10 +41,10 @@ class AuvV3(SingleStep):
     def scores(self, held: Held) -> Tensor:
         return held.state["aas"]
 
-    def victim(self, store: SlotStore, row: int, first: slice) -> Tensor:
-        aas, usage = store.state["aas"][row, :, first], store.state["usage"][row, :, first]
+    def victim(self, store: SlotStore, rows: Tensor, first: Tensor) -> Tensor:
+        usage = store.state["usage"][rows].masked_fill(~first, torch.inf)
         rest = usage > usage.amin(-1, keepdim=True)
-        return least(aas.masked_fill(rest, torch.inf), store.positions[row, :, first])
+        return least(store.state["aas"][rows].masked_fill(rest, torch.inf), store.positions[rows])
 
     def observe(self, store: SlotStore, probabilities: Tensor) -> None:
         aggregate_step(store, probabilities)

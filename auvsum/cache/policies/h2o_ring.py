@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from auvsum.cache.policy import least, token_columns
@@ -28,8 +29,8 @@ class H2ORing(SingleStep):
     def scores(self, held: Held) -> Tensor:
         return held.state["score"]
 
-    def victim(self, store: SlotStore, row: int, first: slice) -> Tensor:
-        return least(store.state["score"][row, :, first], store.positions[row, :, first])
+    def victim(self, store: SlotStore, rows: Tensor, first: Tensor) -> Tensor:
+        return least(store.state["score"][rows].masked_fill(~first, torch.inf), store.positions[rows])
 
     def observe(self, store: SlotStore, probabilities: Tensor) -> None:
         store.state["score"] += probabilities
