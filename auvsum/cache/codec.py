@@ -4,6 +4,9 @@ Few bits: a vector is rotated (Hadamard, which spreads outlying channels over al
 channels, and each group is kept as whole steps between its least and its greatest value, both ends in fp16. A token
 carries its own scales, so that it can be scattered into any slot. Measured in docs/LOG.md: groups of 64 with the
 rotation are as good as groups of 32 without it.
+
+Even fewer bits (3 or 2): one scale a group, levels in even steps on both sides of zero. Rounded one by one, such keys
+lose more than the room they save gives back; rounded by what queries make of the errors (`EvenCodec.pack`), less.
 """
 
 from __future__ import annotations
@@ -18,8 +21,12 @@ Index = Any
 
 #: The most channels that share a scale.
 _GROUP = 64
-#: Bytes of a group's least value and step, fp16 each.
-_SCALE_BYTES = 4
+#: Bytes of a group's least value and step, fp16 each; of its step alone.
+_SCALE_BYTES, _STEP_BYTES = 4, 2
+#: The step, in root mean squares of a group, that is best for a normal distribution.
+_STEPS = {3: 0.5860, 2: 0.9957}
+#: Of a metric's mean diagonal, what is added to all of it: queries that were not seen may ask for any channel.
+_DAMPING = 0.02
 
 
 class Codec:
@@ -111,6 +118,133 @@ class QuantizedCodec(Codec):
         return _rotate(vectors)
 
 
+class EvenCodec(Codec):
+    """Keeps vectors in 3 or 2 bits a channel.
+
+    Args:
+        dtype: the type vectors come back in. bits: 3 or 2.
+    """
+
+    def __init__(self, dtype: torch.dtype, bits: int) -> None:
+        super().__init__(dtype)
+        self.bits, self.middle = bits, (2**bits - 1) / 2
+
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Tensor | None = None) -> list[Tensor]:
+        """`[N, D]` as it is kept.
+
+        Args:
+            head: whose vectors they are, int64 `[N]`, ascending. metric: `[G, D, D]`, how errors of a head's rotated
+                vectors add up (of keys: the second moments of queries). With it channels are rounded one after the
+                other, and each makes up for the errors of those before it (Chee et al., QuIP, NeurIPS 2023).
+        """
+        y = self.turn(vectors.float())
+        grouped = y.view(*y.shape[:-1], -1, _group(y.shape[-1]))
+        step = grouped.square().mean(-1, keepdim=True).sqrt().mul_(_STEPS[self.bits]).clamp_min_(1e-8)
+        if metric is None or head is None:
+            codes = (grouped / step + self.middle).round_().clamp_(0, 2 * self.middle)
+            found = codes - self.middle
+            step *= (found * grouped / step).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)
+            codes = codes.view_as(y)
+        else:
+            steps = step.expand_as(grouped).reshape(y.shape)
+            codes, factor = self._fed_back(y, steps, head, metric)
+            step *= factor[:, None, None]
+        return [*self._planes(codes.to(torch.uint8)), step.half()]
+
+    def _fed_back(self, y: Tensor, steps: Tensor, head: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[N, D]`, and by how much their steps should be longer `[N]`."""
+        heads, size = metric.shape[:2]
+        counts = torch.bincount(head, minlength=heads)
+        place = torch.arange(head.shape[0], device=head.device) - (counts.cumsum(0) - counts)[head]
+        shape = (heads, int(counts.max()), size)
+        wanted, length = y.new_zeros(shape), y.new_ones(shape)
+        wanted[head, place], length[head, place] = y, steps
+        metric = metric.double()
+        diagonal = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+        metric = metric + torch.diag_embed((_DAMPING * diagonal)[:, None].expand(-1, size))
+        # metric = (I + U) S (I + U)^T with U strictly upper: then errors e = η (I + U)^-1 cost η S η^T.
+        upper = torch.linalg.cholesky(metric.flip(-1, -2)).flip(-1, -2)
+        upper = (upper / upper.diagonal(dim1=-2, dim2=-1)[:, None]).to(y.dtype)
+        codes, error = torch.empty_like(wanted), torch.zeros_like(wanted)
+        for k in range(size):
+            goal = wanted[..., k] - (error[..., :k] @ upper[:, :k, k, None])[..., 0]
+            codes[..., k] = (goal / length[..., k] + self.middle).round_().clamp_(0, 2 * self.middle)
+            error[..., k] = (codes[..., k] - self.middle) * length[..., k] - wanted[..., k]
+        found = (codes - self.middle) * length
+        turned = found @ metric.to(y.dtype)
+        factor = (turned * wanted).sum(-1) / (turned * found).sum(-1).clamp_min(1e-20)
+        return codes[head, place], factor[head, place]
+
+    def _planes(self, codes: Tensor) -> list[Tensor]:
+        """Two bits of four channels a byte, and the third of eight."""
+        low = (codes & 3).chunk(4, -1)
+        planes = [low[0] | (low[1] << 2) | (low[2] << 4) | (low[3] << 6)]
+        if self.bits == 3:
+            high = torch.stack((codes >> 2).chunk(8, -1))
+            shifts = torch.arange(8, device=codes.device, dtype=torch.uint8).view(-1, *[1] * codes.dim())
+            planes.append((high << shifts).sum(0, dtype=torch.uint8))
+        return planes
+
+    def unpack(self, memory: list[Tensor]) -> Tensor:
+        low, *high, step = memory
+        codes = torch.cat([low & 3, (low >> 2) & 3, (low >> 4) & 3, low >> 6], -1)
+        if high:
+            codes = codes | torch.cat([((high[0] >> i) & 1) << 2 for i in range(8)], -1)
+        grouped = codes.view(*codes.shape[:-1], step.shape[-2], -1).to(self.dtype)
+        return ((grouped - self.middle) * step.to(self.dtype)).view(codes.shape)
+
+    def turn(self, vectors: Tensor) -> Tensor:
+        return _rotate(vectors)
+
+    def turn_back(self, vectors: Tensor) -> Tensor:
+        return _rotate(vectors)
+
+
+class Tiers:
+    """Vectors in two codecs that turn alike; a mask beside them tells which are in the finer one. `memory` holds the
+    tensors of the finer, then those of the coarser, each in the order of its vectors.
+
+    Args:
+        coarse: None where all are in the finer one.
+    """
+
+    def __init__(self, fine: Codec, coarse: EvenCodec | None) -> None:
+        self.fine, self.coarse = fine, coarse
+        self.parts = 1 if fine.bits == 16 else 2
+
+    def pack(
+        self, vectors: Tensor, fine: Tensor, head: Tensor | None = None, metric: Tensor | None = None
+    ) -> list[Tensor]:
+        """`[N, D]`, of which `fine`, bool `[N]`, are in the finer codec; the rest as in `EvenCodec.pack`."""
+        if self.coarse is None:
+            return self.fine.pack(vectors)
+        rest = ~fine
+        own = None if head is None else head[rest]
+        return [*self.fine.pack(vectors[fine]), *self.coarse.pack(vectors[rest], own, metric)]
+
+    def unpack(self, memory: list[Tensor], fine: Tensor) -> Tensor:
+        """`[N, D]` in the turned space."""
+        best = self.fine.unpack(memory[: self.parts])
+        if self.coarse is None:
+            return best
+        found = best.new_empty((fine.shape[0], best.shape[-1]))
+        found[fine], found[~fine] = best, self.coarse.unpack(memory[self.parts :])
+        return found
+
+    def added(self, memory: list[Tensor], vectors: Tensor) -> list[Tensor]:
+        """More vectors `[N, D]` behind the finer ones."""
+        own = zip(memory[: self.parts], self.fine.pack(vectors), strict=True)
+        return [*(torch.cat(parts) for parts in own), *memory[self.parts :]]
+
+    def select(self, memory: list[Tensor], fine: Tensor, order: Tensor) -> list[Tensor]:
+        """The vectors `order`, int64 `[K]`, in that order."""
+        if self.coarse is None:
+            return [x[order] for x in memory]
+        chosen = fine[order]
+        best, rest = (fine.cumsum(0) - 1)[order[chosen]], ((~fine).cumsum(0) - 1)[order[~chosen]]
+        return [*(x[best] for x in memory[: self.parts]), *(x[rest] for x in memory[self.parts :])]
+
+
 def make_codec(dtype: torch.dtype, bits: int) -> Codec:
     """The codec for a model's type and 16, 8 or 4 bits."""
     return Codec(dtype) if bits == 16 else QuantizedCodec(dtype, bits)
@@ -125,7 +259,7 @@ def vector_bytes(head_dim: int, element_bytes: int, bits: int) -> int:
     if bits == 16:
         return head_dim * element_bytes
     _check(head_dim, bits)
-    return head_dim * bits // 8 + head_dim // _group(head_dim) * _SCALE_BYTES
+    return head_dim * bits // 8 + head_dim // _group(head_dim) * (_STEP_BYTES if bits < 4 else _SCALE_BYTES)
 
 
 def _check(head_dim: int, bits: int) -> None:
