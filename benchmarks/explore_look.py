@@ -613,6 +613,23 @@ def pieces(document: Document, share: float, lead: int, stride: int = 128) -> li
     return found
 
 
+class _Coder:
+    """A document's keys and values, and those of its summary, as they come back from their bits; each made once."""
+
+    def __init__(self, document: Document, metrics: dict[str, Tensor], value_metric: Tensor) -> None:
+        self.document, self.metrics, self.value_metric = document, metrics, value_metric
+        self.done: dict[Any, Tensor] = {}
+
+    def __call__(self, vectors: tuple[Tensor, Tensor], which: int, coding: Coding, aware: str) -> Tensor:
+        bits = int((coding.keys, coding.values)[which])
+        aware = {"both": "static"}.get(aware, aware) if which == 0 else "both" if aware == "both" else ""
+        key = (vectors is self.document.pair, which, bits, coding.kind, aware)
+        if key not in self.done:
+            metric = None if not aware else self.value_metric if which else self.metrics[aware]
+            self.done[key] = aware_coded(vectors[which], bits, coding.kind, metric)
+        return self.done[key]
+
+
 class Explorer:
     def __init__(self, probe: Probe, sets: dict[str, list[Document]], rows: int) -> None:
         self.probe, self.sets, self.rows, self.book = probe, sets, rows, Book()
@@ -806,17 +823,7 @@ class Explorer:
             assert document.pair is not None
             score, own = self.mixed(document, factors)
             metrics = {"own": self.own_metric(document), "static": self.key_metric, "both": self.key_metric}
-            done: dict[Any, Tensor] = {}
-
-            def code(vectors: tuple[Tensor, Tensor], which: int, coding: Coding, aware: str) -> Tensor:
-                bits = int((coding.keys, coding.values)[which])
-                aware = {"both": "static"}.get(aware, aware) if which == 0 else "both" if aware == "both" else ""
-                key = (vectors is document.pair, which, bits, coding.kind, aware)
-                if key not in done:
-                    metric = None if not aware else self.value_metric if which else metrics[aware]
-                    done[key] = aware_coded(vectors[which], bits, coding.kind, metric)
-                return done[key]
-
+            code = _Coder(document, metrics, self.value_metric)
             held, settings = (document.key, document.value), []
             everything = torch.ones_like(own, dtype=torch.bool)
             nothing = tuple(torch.zeros_like(x) for x in document.pair)

@@ -45,8 +45,13 @@ class Codec:
         """Memory for `shape` vectors; zeros, since a dead slot must not hold a NaN (0 · NaN is NaN)."""
         return self.pack(torch.zeros((*shape, head_dim), dtype=self.dtype, device=device))
 
-    def pack(self, vectors: Tensor) -> list[Tensor]:
-        """`[.., D]` as it is kept."""
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Tensor | None = None) -> list[Tensor]:
+        """`[.., D]` as it is kept.
+
+        Args:
+            head: whose vectors `[N, D]` they are, int64 `[N]`, ascending. metric: `[G, D, D]`, how errors of a head's
+                turned vectors add up (of keys: the second moments of queries). With both, few bits are chosen by it.
+        """
         return [vectors.to(self.dtype)]
 
     def unpack(self, memory: list[Tensor]) -> Tensor:
@@ -88,15 +93,19 @@ class QuantizedCodec(Codec):
         codes = torch.zeros((*shape, head_dim * self.bits // 8), dtype=torch.uint8, device=device)
         return [codes, torch.zeros((*shape, groups, 2), dtype=torch.float16, device=device)]
 
-    def pack(self, vectors: Tensor) -> list[Tensor]:
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Tensor | None = None) -> list[Tensor]:
         size = vectors.shape[-1]
-        grouped = self.turn(vectors.float()).view(*vectors.shape[:-1], -1, _group(size))
+        grouped = self.turn(vectors.float()).unflatten(-1, _groups(size))
         low = grouped.amin(-1, keepdim=True)
         step = (grouped.amax(-1, keepdim=True) - low) / (2**self.bits - 1)
         # Rounded as they are kept, so that the codes fit the scales that will be read.
         scales = torch.cat([low, step], -1).half()
         low, step = scales.float().chunk(2, -1)
-        codes = ((grouped - low) / step.clamp_min(1e-8)).round_().clamp_(0, 2**self.bits - 1)
+        if head is None or metric is None:
+            codes = ((grouped - low) / step.clamp_min(1e-8)).round_().clamp_(0, 2**self.bits - 1)
+        else:
+            ends = (x.expand_as(grouped).reshape(vectors.shape) for x in (low, step.clamp_min(1e-8)))
+            codes = _fed_back(grouped.reshape(vectors.shape), *ends, 2**self.bits - 1, head, metric)
         codes = codes.view(vectors.shape).to(torch.uint8)
         if self.bits == 4:
             first, second = codes.chunk(2, -1)
@@ -107,9 +116,9 @@ class QuantizedCodec(Codec):
         codes, scales = memory
         if self.bits == 4:
             codes = torch.cat([codes & 15, codes >> 4], -1)
-        grouped = codes.view(*codes.shape[:-1], scales.shape[-2], -1).to(self.dtype)
+        grouped = codes.unflatten(-1, _groups(codes.shape[-1])).to(self.dtype)
         low, step = scales.to(self.dtype).chunk(2, -1)
-        return torch.addcmul(low, grouped, step).view(codes.shape)
+        return torch.addcmul(low, grouped, step).flatten(-2)
 
     def turn(self, vectors: Tensor) -> Tensor:
         return _rotate(vectors)
@@ -130,50 +139,25 @@ class EvenCodec(Codec):
         self.bits, self.middle = bits, (2**bits - 1) / 2
 
     def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Tensor | None = None) -> list[Tensor]:
-        """`[N, D]` as it is kept.
-
-        Args:
-            head: whose vectors they are, int64 `[N]`, ascending. metric: `[G, D, D]`, how errors of a head's rotated
-                vectors add up (of keys: the second moments of queries). With it channels are rounded one after the
-                other, and each makes up for the errors of those before it (Chee et al., QuIP, NeurIPS 2023).
-        """
         y = self.turn(vectors.float())
-        grouped = y.view(*y.shape[:-1], -1, _group(y.shape[-1]))
+        grouped = y.unflatten(-1, _groups(y.shape[-1]))
         step = grouped.square().mean(-1, keepdim=True).sqrt().mul_(_STEPS[self.bits]).clamp_min_(1e-8)
-        if metric is None or head is None:
+        if head is None or metric is None:
             codes = (grouped / step + self.middle).round_().clamp_(0, 2 * self.middle)
             found = codes - self.middle
-            step *= (found * grouped / step).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)
-            codes = codes.view_as(y)
+            # The step that is best for the codes that were chosen.
+            step = (found * grouped).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)
+            codes = codes.flatten(-2)
         else:
-            steps = step.expand_as(grouped).reshape(y.shape)
-            codes, factor = self._fed_back(y, steps, head, metric)
-            step *= factor[:, None, None]
+            steps = step.expand_as(grouped).flatten(-2)
+            codes = _fed_back(y, -self.middle * steps, steps, round(2 * self.middle), head, metric)
+            found = (codes - self.middle) * steps
+            turned = torch.empty_like(found)
+            for group, own in enumerate(metric.to(found.dtype)):
+                turned[head == group] = found[head == group] @ own
+            longer = (turned * y).sum(-1) / (turned * found).sum(-1).clamp_min(1e-20)
+            step = step * longer[:, None, None]
         return [*self._planes(codes.to(torch.uint8)), step.half()]
-
-    def _fed_back(self, y: Tensor, steps: Tensor, head: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[N, D]`, and by how much their steps should be longer `[N]`."""
-        heads, size = metric.shape[:2]
-        counts = torch.bincount(head, minlength=heads)
-        place = torch.arange(head.shape[0], device=head.device) - (counts.cumsum(0) - counts)[head]
-        shape = (heads, int(counts.max()), size)
-        wanted, length = y.new_zeros(shape), y.new_ones(shape)
-        wanted[head, place], length[head, place] = y, steps
-        metric = metric.double()
-        diagonal = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
-        metric = metric + torch.diag_embed((_DAMPING * diagonal)[:, None].expand(-1, size))
-        # metric = (I + U) S (I + U)^T with U strictly upper: then errors e = η (I + U)^-1 cost η S η^T.
-        upper = torch.linalg.cholesky(metric.flip(-1, -2)).flip(-1, -2)
-        upper = (upper / upper.diagonal(dim1=-2, dim2=-1)[:, None]).to(y.dtype)
-        codes, error = torch.empty_like(wanted), torch.zeros_like(wanted)
-        for k in range(size):
-            goal = wanted[..., k] - (error[..., :k] @ upper[:, :k, k, None])[..., 0]
-            codes[..., k] = (goal / length[..., k] + self.middle).round_().clamp_(0, 2 * self.middle)
-            error[..., k] = (codes[..., k] - self.middle) * length[..., k] - wanted[..., k]
-        found = (codes - self.middle) * length
-        turned = found @ metric.to(y.dtype)
-        factor = (turned * wanted).sum(-1) / (turned * found).sum(-1).clamp_min(1e-20)
-        return codes[head, place], factor[head, place]
 
     def _planes(self, codes: Tensor) -> list[Tensor]:
         """Two bits of four channels a byte, and the third of eight."""
@@ -190,8 +174,8 @@ class EvenCodec(Codec):
         codes = torch.cat([low & 3, (low >> 2) & 3, (low >> 4) & 3, low >> 6], -1)
         if high:
             codes = codes | torch.cat([((high[0] >> i) & 1) << 2 for i in range(8)], -1)
-        grouped = codes.view(*codes.shape[:-1], step.shape[-2], -1).to(self.dtype)
-        return ((grouped - self.middle) * step.to(self.dtype)).view(codes.shape)
+        grouped = codes.unflatten(-1, _groups(codes.shape[-1])).to(self.dtype)
+        return ((grouped - self.middle) * step.to(self.dtype)).flatten(-2)
 
     def turn(self, vectors: Tensor) -> Tensor:
         return _rotate(vectors)
@@ -215,12 +199,12 @@ class Tiers:
     def pack(
         self, vectors: Tensor, fine: Tensor, head: Tensor | None = None, metric: Tensor | None = None
     ) -> list[Tensor]:
-        """`[N, D]`, of which `fine`, bool `[N]`, are in the finer codec; the rest as in `EvenCodec.pack`."""
+        """`[N, D]`, of which `fine`, bool `[N]`, are in the finer codec."""
         if self.coarse is None:
-            return self.fine.pack(vectors)
-        rest = ~fine
-        own = None if head is None else head[rest]
-        return [*self.fine.pack(vectors[fine]), *self.coarse.pack(vectors[rest], own, metric)]
+            return self.fine.pack(vectors, head, metric)
+        parts = ((self.fine, fine), (self.coarse, ~fine))
+        return [x for codec, own in parts
+                for x in codec.pack(vectors[own], None if head is None else head[own], metric)]  # fmt: skip
 
     def unpack(self, memory: list[Tensor], fine: Tensor) -> Tensor:
         """`[N, D]` in the turned space."""
@@ -262,6 +246,32 @@ def vector_bytes(head_dim: int, element_bytes: int, bits: int) -> int:
     return head_dim * bits // 8 + head_dim // _group(head_dim) * (_STEP_BYTES if bits < 4 else _SCALE_BYTES)
 
 
+def _fed_back(y: Tensor, low: Tensor, step: Tensor, most: int, head: Tensor, metric: Tensor) -> Tensor:
+    """Codes `[N, D]` between 0 and `most` of rotated vectors `y`, which stand for `low + step * code`; all `[N, D]`.
+
+    Channels are rounded one after the other, and each makes up for the errors of those before it, as far as the metric
+    says that they matter together (Chee et al., QuIP, NeurIPS 2023).
+    """
+    heads, size = metric.shape[:2]
+    counts = torch.bincount(head, minlength=heads)
+    place = torch.arange(head.shape[0], device=head.device) - (counts.cumsum(0) - counts)[head]
+    shape = (heads, int(counts.max()), size)
+    wanted, least, length = y.new_zeros(shape), y.new_zeros(shape), y.new_ones(shape)
+    wanted[head, place], least[head, place], length[head, place] = y, low, step
+    metric = metric.double()
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+    metric = metric + torch.diag_embed((_DAMPING * mean)[:, None].expand(-1, size))
+    # metric = (I + U) S (I + U)^T, U strictly upper: errors e = η (I + U)^-1 cost η S η^T, η those of rounding alone.
+    upper = torch.linalg.cholesky(metric.flip(-1, -2)).flip(-1, -2)
+    upper = (upper / upper.diagonal(dim1=-2, dim2=-1)[:, None]).to(y.dtype)
+    codes, error = torch.empty_like(wanted), torch.zeros_like(wanted)
+    for k in range(size):
+        goal = wanted[..., k] - (error[..., :k] @ upper[:, :k, k, None])[..., 0]
+        codes[..., k] = ((goal - least[..., k]) / length[..., k]).round_().clamp_(0, most)
+        error[..., k] = least[..., k] + length[..., k] * codes[..., k] - wanted[..., k]
+    return codes[head, place]
+
+
 def _check(head_dim: int, bits: int) -> None:
     if head_dim * bits % 8 or head_dim % 2:
         from auvsum.errors import PolicyError
@@ -272,6 +282,11 @@ def _check(head_dim: int, bits: int) -> None:
 def _group(head_dim: int) -> int:
     """Channels that share a scale: the largest divisor of the head size up to 64."""
     return next(size for size in range(min(_GROUP, head_dim), 0, -1) if head_dim % size == 0)
+
+
+def _groups(head_dim: int) -> tuple[int, int]:
+    """Groups of a vector, and channels of each."""
+    return head_dim // _group(head_dim), _group(head_dim)
 
 
 def _rotate(vectors: Tensor) -> Tensor:

@@ -350,7 +350,7 @@ class HeadsLayer(UncountedLayer):
         dear, cheap = self.slot_bytes
         spent = torch.where(fine[order], dear, cheap).cumsum(0)
         leaving = torch.tensor([writing.due.get(row, 0) for row in range(rows)], device=device)
-        ends = held.starts[groups :: groups] + leaving.cumsum(0) * groups
+        ends = held.starts[groups::groups] + leaving.cumsum(0) * groups
         before = torch.cat([spent.new_zeros(1), spent[ends[:-1] - 1]])
         room = torch.tensor(held.room, device=device)
         owner = head[order] // groups
@@ -554,7 +554,8 @@ class HeadsCache(Cache):  # type: ignore[misc]
         layers = len(self.layers)
         heads = layers * groups
         dear, cheap = self.layers[0].slot_bytes
-        element, moments = first.key.element_size(), [None] * layers if look is None or look.moments is None else look.moments
+        # In more bits what is left to gain is not worth the time.
+        moments = list(look.moments) if look and look.moments is not None and self.bits == 4 else [None] * layers
         if look is None:
             if room < tokens:
                 raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")
@@ -570,7 +571,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         ranking = ranking.clone()
         ranking[..., 0] = torch.inf
         count, better = self.policy.tiers(
-            room * heads, tokens * heads, head_dim=size, element_bytes=element, bits=self.bits
+            room * heads, tokens * heads, head_dim=size, element_bytes=first.key.element_size(), bits=self.bits
         )
         best = ranking.flatten().topk(count).indices
         best, order = best.sort()

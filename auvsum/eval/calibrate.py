@@ -224,9 +224,10 @@ class Calibration:
     def _slots(self, lesson: Lesson, share: float) -> int:
         """Slots a head, on average, that are not the write region's."""
         size, element = lesson.key.shape[-1], lesson.key.element_size()
-        cost = self.policy.slot_cost(kv_heads=1, head_dim=size, element_bytes=element, bits=_BITS)
         whole = len(lesson.ids) * 2 * vector_bytes(size, element, 16)
-        return max(1, int(share * whole / cost.per_slot) - _WRITE)
+        slot, _ = self.policy.slot_bytes(size, element, _BITS)
+        slots = int(share * whole / slot) - _WRITE
+        return max(1, self.policy.tiers(slots, len(lesson.ids), head_dim=size, element_bytes=element, bits=_BITS)[0])
 
     @torch.no_grad()
     def _judge(self, lessons: Sequence[Lesson], factors: Tensor) -> float:

@@ -153,14 +153,12 @@ class Naive:
             self.room[layer] = sum(self.cost(layer, g, p) for g in range(self.groups) for p in self.alive[layer][g])
         for layer, group, p in kept if self.bits < 16 else []:
             keys, values = self.keys[layer][group], self.values[layer][group]
-            if (layer, group, p) in self.coarse:
-                codec = EvenCodec(torch.float32, self.policy.coarse)
-                assert moments is not None
-                turned = codec.turn(codec.turn(moments[layer, group]).T)
-                keys[p] = codec.decode(codec.pack(keys[p][None], torch.zeros(1, dtype=torch.int64), turned[None]))[0]
-                values[p] = codec.decode(codec.pack(values[p][None]))[0]
-            else:
-                keys[p], values[p] = self.few(self.bits)(keys[p]), self.few(self.bits)(values[p])
+            assert moments is not None
+            coarse = (layer, group, p) in self.coarse
+            codec = EvenCodec(torch.float32, self.policy.coarse) if coarse else QuantizedCodec(torch.float32, self.bits)
+            turned = codec.turn(codec.turn(moments[layer, group]).T)
+            keys[p] = codec.decode(codec.pack(keys[p][None], torch.zeros(1, dtype=torch.int64), turned[None]))[0]
+            values[p] = codec.decode(codec.pack(values[p][None]))[0]
         self.paid = {}
         for layer, group, p in kept:
             start = float(score[layer, group, p]) ** self.policy.power * self.policy.prior

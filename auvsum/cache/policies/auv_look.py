@@ -76,7 +76,8 @@ class AUVLook(Policy):
     by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, most in (("look", 1), ("weight", 1), ("ask", 1), ("fine", 1), ("lead", math.inf), ("draft", math.inf)):
+        shares, counts = ("look", "weight", "ask", "fine"), ("lead", "draft")
+        for name, most in (*((name, 1) for name in shares), *((name, math.inf) for name in counts)):
             if not 0 <= getattr(self, name) <= most:
                 allowed = "between 0 and 1" if most == 1 else "at least 0"
                 raise PolicyError(f"{name} is {getattr(self, name)}", f"it must be {allowed}")
@@ -115,7 +116,7 @@ class AUVLook(Policy):
         return next(both), next(both)
 
     def tiers(self, room: int, tokens: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
-        """How many of `tokens` (over all heads) the bytes of `room` whole slots hold, and how many of these in `bits`."""
+        """How many tokens, over all heads, the bytes of `room` whole slots hold, and how many of these in `bits`."""
         dear, cheap = self.slot_bytes(head_dim, element_bytes, bits)
         share = self.fine if cheap < dear else 1.0
         count = min(tokens, int(room * dear / (share * dear + (1 - share) * cheap)))
