@@ -19,6 +19,9 @@ from torch import Tensor
 
 Index = Any
 
+#: Channels of a vector that are rounded at once, when errors are made up for.
+_BLOCK = 4
+
 #: The most channels that share a scale.
 _GROUP = 64
 #: Bytes of a group's least value and step, fp16 each; of its step alone.
@@ -27,6 +30,65 @@ _SCALE_BYTES, _STEP_BYTES = 4, 2
 _STEPS = {3: 0.5860, 2: 0.9957}
 #: Of a metric's mean diagonal, what is added to all of it: queries that were not seen may ask for any channel.
 _DAMPING = 0.02
+
+
+class Metric:
+    """How errors of a head's rotated vectors add up: of keys, the second moments of the queries.
+
+    Few bits are chosen by it: channels are rounded a few at a time, one block after the other, and each block makes up
+    for the errors of those before it, as far as queries see them together (Chee et al., QuIP, NeurIPS 2023).
+
+    Args:
+        moments: `[G, D, D]`, of vectors that are not rotated; their scale does not matter.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        size = moments.shape[-1]
+        turned = _rotate(_rotate(moments.float()).mT).double()
+        mean = turned.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+        turned = turned / mean[:, None, None] + _DAMPING * torch.eye(size, dtype=torch.float64, device=moments.device)
+        # turned = (I + U) S (I + U)^T, U strictly upper and S diagonal in blocks: errors e = η (I + U)^-1 then cost
+        # η S η^T, where η are the errors of rounding alone.
+        root = torch.linalg.cholesky(turned.flip(-1, -2)).flip(-1, -2)
+        blocks = [slice(at, at + _BLOCK) for at in range(0, size, _BLOCK)]
+        upper = torch.cat([root[..., own] @ torch.linalg.inv(root[..., own, own]) for own in blocks], -1)
+        self.blocks, self.upper, self.turned = blocks, upper.float(), turned.float()
+
+    def to(self, device: torch.device) -> Metric:
+        """The same on another device."""
+        self.upper, self.turned = self.upper.to(device), self.turned.to(device)
+        return self
+
+    def codes(self, y: Tensor, low: Tensor, step: Tensor, most: int, head: Tensor) -> Tensor:
+        """Codes between 0 and `most` of `y`, which stand for `low + step * code`; all `[N, D]`, heads `[N]`."""
+        self._arrange(head)
+        wanted, least, length = (self._spread(x) for x in (y, low, step))
+        codes, error = torch.empty_like(wanted), torch.zeros_like(wanted)
+        for own in self.blocks:
+            goal = wanted[..., own] - error[..., : own.start] @ self.upper[:, : own.start, own]
+            found = ((goal - least[..., own]) / length[..., own].clamp_min(1e-8)).round_().clamp_(0, most)
+            codes[..., own] = found
+            error[..., own] = least[..., own] + length[..., own] * found - wanted[..., own]
+        return codes[head, self.place]
+
+    def longer(self, found: Tensor, y: Tensor, head: Tensor) -> Tensor:
+        """By how much `found` should be longer to be as near `y` as can be; `[N, D]` both, the answer `[N]`."""
+        self._arrange(head)
+        found, y = self._spread(found), self._spread(y)
+        turned = found @ self.turned
+        return ((turned * y).sum(-1) / (turned * found).sum(-1).clamp_min(1e-20))[head, self.place]
+
+    def _arrange(self, head: Tensor) -> None:
+        """Where each vector goes when those of a head lie side by side."""
+        counts = torch.bincount(head, minlength=self.upper.shape[0])
+        order = head.argsort(stable=True)
+        place = torch.arange(head.shape[0], device=head.device) - (counts.cumsum(0) - counts)[head[order]]
+        self.head, self.place, self.longest = head, torch.empty_like(head).index_copy_(0, order, place), counts.max()
+
+    def _spread(self, x: Tensor) -> Tensor:
+        found = x.new_zeros((self.upper.shape[0], int(self.longest), x.shape[-1]))
+        found[self.head, self.place] = x
+        return found
 
 
 class Codec:
@@ -45,12 +107,12 @@ class Codec:
         """Memory for `shape` vectors; zeros, since a dead slot must not hold a NaN (0 · NaN is NaN)."""
         return self.pack(torch.zeros((*shape, head_dim), dtype=self.dtype, device=device))
 
-    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Tensor | None = None) -> list[Tensor]:
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
         """`[.., D]` as it is kept.
 
         Args:
-            head: whose vectors `[N, D]` they are, int64 `[N]`, ascending. metric: `[G, D, D]`, how errors of a head's
-                turned vectors add up (of keys: the second moments of queries). With both, few bits are chosen by it.
+            head: whose vectors `[N, D]` they are, int64 `[N]`. metric: of those heads; with both, few bits are chosen
+                by it.
         """
         return [vectors.to(self.dtype)]
 
@@ -93,7 +155,7 @@ class QuantizedCodec(Codec):
         codes = torch.zeros((*shape, head_dim * self.bits // 8), dtype=torch.uint8, device=device)
         return [codes, torch.zeros((*shape, groups, 2), dtype=torch.float16, device=device)]
 
-    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Tensor | None = None) -> list[Tensor]:
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
         size = vectors.shape[-1]
         grouped = self.turn(vectors.float()).unflatten(-1, _groups(size))
         low = grouped.amin(-1, keepdim=True)
@@ -105,7 +167,7 @@ class QuantizedCodec(Codec):
             codes = ((grouped - low) / step.clamp_min(1e-8)).round_().clamp_(0, 2**self.bits - 1)
         else:
             ends = (x.expand_as(grouped).reshape(vectors.shape) for x in (low, step.clamp_min(1e-8)))
-            codes = _fed_back(grouped.reshape(vectors.shape), *ends, 2**self.bits - 1, head, metric)
+            codes = metric.codes(grouped.reshape(vectors.shape), *ends, 2**self.bits - 1, head)
         codes = codes.view(vectors.shape).to(torch.uint8)
         if self.bits == 4:
             first, second = codes.chunk(2, -1)
@@ -138,7 +200,7 @@ class EvenCodec(Codec):
         super().__init__(dtype)
         self.bits, self.middle = bits, (2**bits - 1) / 2
 
-    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Tensor | None = None) -> list[Tensor]:
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
         y = self.turn(vectors.float())
         grouped = y.unflatten(-1, _groups(y.shape[-1]))
         step = grouped.square().mean(-1, keepdim=True).sqrt().mul_(_STEPS[self.bits]).clamp_min_(1e-8)
@@ -150,13 +212,8 @@ class EvenCodec(Codec):
             codes = codes.flatten(-2)
         else:
             steps = step.expand_as(grouped).flatten(-2)
-            codes = _fed_back(y, -self.middle * steps, steps, round(2 * self.middle), head, metric)
-            found = (codes - self.middle) * steps
-            turned = torch.empty_like(found)
-            for group, own in enumerate(metric.to(found.dtype)):
-                turned[head == group] = found[head == group] @ own
-            longer = (turned * y).sum(-1) / (turned * found).sum(-1).clamp_min(1e-20)
-            step = step * longer[:, None, None]
+            codes = metric.codes(y, -self.middle * steps, steps, round(2 * self.middle), head)
+            step = step * metric.longer((codes - self.middle) * steps, y, head)[:, None, None]
         return [*self._planes(codes.to(torch.uint8)), step.half()]
 
     def _planes(self, codes: Tensor) -> list[Tensor]:
@@ -197,7 +254,7 @@ class Tiers:
         self.parts = 1 if fine.bits == 16 else 2
 
     def pack(
-        self, vectors: Tensor, fine: Tensor, head: Tensor | None = None, metric: Tensor | None = None
+        self, vectors: Tensor, fine: Tensor, head: Tensor | None = None, metric: Metric | None = None
     ) -> list[Tensor]:
         """`[N, D]`, of which `fine`, bool `[N]`, are in the finer codec."""
         if self.coarse is None:
@@ -215,10 +272,11 @@ class Tiers:
         found[fine], found[~fine] = best, self.coarse.unpack(memory[self.parts :])
         return found
 
-    def added(self, memory: list[Tensor], vectors: Tensor) -> list[Tensor]:
-        """More vectors `[N, D]` behind the finer ones."""
-        own = zip(memory[: self.parts], self.fine.pack(vectors), strict=True)
-        return [*(torch.cat(parts) for parts in own), *memory[self.parts :]]
+    def added(
+        self, memory: list[Tensor], vectors: Tensor, fine: Tensor, head: Tensor, metric: Metric | None
+    ) -> list[Tensor]:
+        """More vectors `[N, D]` behind those of either codec."""
+        return [torch.cat(parts) for parts in zip(memory, self.pack(vectors, fine, head, metric), strict=True)]
 
     def select(self, memory: list[Tensor], fine: Tensor, order: Tensor) -> list[Tensor]:
         """The vectors `order`, int64 `[K]`, in that order."""
@@ -244,32 +302,6 @@ def vector_bytes(head_dim: int, element_bytes: int, bits: int) -> int:
         return head_dim * element_bytes
     _check(head_dim, bits)
     return head_dim * bits // 8 + head_dim // _group(head_dim) * (_STEP_BYTES if bits < 4 else _SCALE_BYTES)
-
-
-def _fed_back(y: Tensor, low: Tensor, step: Tensor, most: int, head: Tensor, metric: Tensor) -> Tensor:
-    """Codes `[N, D]` between 0 and `most` of rotated vectors `y`, which stand for `low + step * code`; all `[N, D]`.
-
-    Channels are rounded one after the other, and each makes up for the errors of those before it, as far as the metric
-    says that they matter together (Chee et al., QuIP, NeurIPS 2023).
-    """
-    heads, size = metric.shape[:2]
-    counts = torch.bincount(head, minlength=heads)
-    place = torch.arange(head.shape[0], device=head.device) - (counts.cumsum(0) - counts)[head]
-    shape = (heads, int(counts.max()), size)
-    wanted, least, length = y.new_zeros(shape), y.new_zeros(shape), y.new_ones(shape)
-    wanted[head, place], least[head, place], length[head, place] = y, low, step
-    metric = metric.double()
-    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
-    metric = metric + torch.diag_embed((_DAMPING * mean)[:, None].expand(-1, size))
-    # metric = (I + U) S (I + U)^T, U strictly upper: errors e = η (I + U)^-1 cost η S η^T, η those of rounding alone.
-    upper = torch.linalg.cholesky(metric.flip(-1, -2)).flip(-1, -2)
-    upper = (upper / upper.diagonal(dim1=-2, dim2=-1)[:, None]).to(y.dtype)
-    codes, error = torch.empty_like(wanted), torch.zeros_like(wanted)
-    for k in range(size):
-        goal = wanted[..., k] - (error[..., :k] @ upper[:, :k, k, None])[..., 0]
-        codes[..., k] = ((goal - least[..., k]) / length[..., k]).round_().clamp_(0, most)
-        error[..., k] = least[..., k] + length[..., k] * codes[..., k] - wanted[..., k]
-    return codes[head, place]
 
 
 def _check(head_dim: int, bits: int) -> None:

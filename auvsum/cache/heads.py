@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from auvsum.cache.cache import UncountedLayer, reading
-from auvsum.cache.codec import Codec, EvenCodec, Tiers, make_codec
+from auvsum.cache.codec import Codec, EvenCodec, Metric, Tiers, make_codec
 from auvsum.cache.head_profiles import find_profile
 from auvsum.cache.policies.auv_look import AUVLook, bits_of_the_newest
 from auvsum.cache.ragged import AAS_MOST, AAS_UNITS, Slots, Writing
@@ -83,6 +83,8 @@ class HeadsLayer(UncountedLayer):
         self.number, self.layers = place
         #: What its tokens are worth, those of the prompt and written ones, `[G, 2]`; None for all the same.
         self.factors: Tensor | None = None
+        #: By what the bits of written tokens' keys are chosen; None for each channel by itself.
+        self.metric: Metric | None = None
         #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
         self.rows: list[Open | None] = [None] * len(writing.active)
         self.loose: dict[int, Slots] = {}
@@ -302,12 +304,10 @@ class HeadsLayer(UncountedLayer):
         open_ = self.rows[row]
         assert open_ is not None
         groups, size = score.shape[0], open_.key.shape[-1]
-        if moments is not None:
-            moments = self.codec.fine.turn(self.codec.fine.turn(moments).mT)
         aas = score[head, position].float().pow(self.policy.power) * (self.policy.prior * AAS_UNITS)
         self.rows[row] = None
         self.loose[row] = Slots(
-            keys=self.codec.pack(open_.key[head, position], fine, head, moments),
+            keys=self.codec.pack(open_.key[head, position], fine, head, None if moments is None else Metric(moments)),
             values=self.codec.pack(open_.value[head, position], fine),
             words=(position * 2 + fine).to(torch.int32),
             aas=aas.clamp_(max=AAS_MOST).half(),
@@ -330,31 +330,40 @@ class HeadsLayer(UncountedLayer):
         old = torch.arange(rows * groups, device=device).repeat_interleave(held.starts.diff(), output_size=count)
         fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
         head = torch.cat([old, fresh.view(-1)])
-        arrived = (writing.flush_positions * 2 + 1)[:, None].expand_as(fresh).reshape(-1)
-        words = torch.cat([held.words, arrived])
+        position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
         sums = (held.write_aas[writing.flush] * AAS_UNITS).clamp_(max=AAS_MOST).to(held.aas.dtype)
         aas = torch.cat([held.aas, sums.view(-1)])
         # The oldest token of each head stays: no head may be empty.
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
         oldest[0].fill_(True)
-        keys, values = (
-            self.codec.added(kept, self.write_codec.decode(new, writing.flush).flatten(0, 1))
-            for kept, new in ((held.keys, held.write_keys), (held.values, held.write_values))
+        new_keys, new_values = (
+            self.write_codec.decode(x, writing.flush).flatten(0, 1) for x in (held.write_keys, held.write_values)
         )
-        fine = (words & 1).bool()
-        score = self._scores(head, words >> 1, aas, values, fine).masked_fill_(oldest, torch.inf)
-        order = score.argsort(descending=True)
+        score = self._scores(head, position, aas)
+        if self.policy.value_norm:
+            before = self.codec.unpack(held.values, held.fine)
+            score *= torch.cat([before, new_values]).float().norm(dim=-1)
+        order = score.masked_fill_(oldest, torch.inf).argsort(descending=True)
         order = order[(head[order] // groups).argsort(stable=True)]  # row after row, in each the best first
-        # A row keeps its best for as long as their bytes last; one that has no new tokens keeps all.
-        dear, cheap = self.slot_bytes
-        spent = torch.where(fine[order], dear, cheap).cumsum(0)
-        leaving = torch.tensor([writing.due.get(row, 0) for row in range(rows)], device=device)
-        ends = held.starts[groups::groups] + leaving.cumsum(0) * groups
-        before = torch.cat([spent.new_zeros(1), spent[ends[:-1] - 1]])
-        room = torch.tensor(held.room, device=device)
         owner = head[order] // groups
-        best = order[spent - before[owner] <= room[owner]]
+        leaving = torch.tensor([writing.due.get(row, 0) for row in range(rows)], device=device) * groups
+        size = held.starts[groups::groups] - held.starts[:-1:groups]
+        begin = (size + leaving).cumsum(0) - (size + leaving)
+        fine = torch.ones_like(oldest)
+        fine[:count] = held.fine
+        if self.codec.coarse is not None:
+            rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=device) - begin[owner])
+            fine[count:] = (rank < self.policy.fine * size[head // groups])[count:]
+        keys, values = (
+            self.codec.added(kept, new, fine[count:], head[count:] % groups, metric)
+            for kept, new, metric in ((held.keys, new_keys, self._metric(device)), (held.values, new_values, None))
+        )
+        # A row keeps its best for as long as their bytes last; one that has no new tokens keeps all.
+        spent = torch.where(fine[order], *self.slot_bytes).cumsum(0)
+        before = torch.cat([spent.new_zeros(1), spent[begin[1:] - 1]])
+        best = order[spent - before[owner] <= torch.tensor(held.room, device=device)[owner]]
+        words = position * 2 + fine
         best = best[(head[best] * (1 << 40) + words[best]).argsort()]
         held.keys, held.values = (self.codec.select(x, fine, best) for x in (keys, values))
         held.words, held.aas = words[best], aas[best]
@@ -370,7 +379,10 @@ class HeadsLayer(UncountedLayer):
         held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
         held.unpacked = None
 
-    def _scores(self, head: Tensor, position: Tensor, aas: Tensor, values: list[Tensor], fine: Tensor) -> Tensor:
+    def _metric(self, device: torch.device) -> Metric | None:
+        return None if self.metric is None else self.metric.to(device)
+
+    def _scores(self, head: Tensor, position: Tensor, aas: Tensor) -> Tensor:
         """By which tokens compete: the attention paid to each, a query that could pay it."""
         assert self.held is not None
         groups = self.held.groups
@@ -380,8 +392,6 @@ class HeadsLayer(UncountedLayer):
         if self.factors is not None:
             self.factors = self.factors.to(score.device)
             score *= self.factors[head % groups, (~read).long()]
-        if self.policy.value_norm:
-            score *= self.codec.unpack(values, fine).float().norm(dim=-1)
         return score
 
     # -- looking in from outside --------------------------------------------------------------------------------------
@@ -466,10 +476,12 @@ class HeadsCache(Cache):  # type: ignore[misc]
         profile = find_profile(config) if policy.profile else None
         #: What tokens of each head are worth, the prompt's and written ones, `[layers, G, 2]`; None for all the same.
         self.factors = None if profile is None else profile.factors()
+        moments = None if profile is None or bits != 4 else profile.moments()
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
         for layer in self.layers:
             layer.factors = None if self.factors is None else self.factors[layer.number]
+            layer.metric = None if moments is None else Metric(moments[layer.number])
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 

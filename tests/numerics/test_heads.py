@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from auvsum.cache.codec import EvenCodec, QuantizedCodec
-from auvsum.cache.head_profiles import Profile, shape_of
+from auvsum.cache.codec import EvenCodec, Metric, QuantizedCodec
+from auvsum.cache.head_profiles import Profile, few_directions, shape_of
 from auvsum.cache.heads import HeadsCache, Look, second_look
 from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.engine.generate import Engine, Request
@@ -31,7 +30,8 @@ class Naive:
     """Every key and value ever seen, one head after the other, and a set of living positions for each. With few bits a
     vector is replaced by what is left of it."""
 
-    def __init__(self, model: Any, policy: AUVLook, factors: Tensor | None = None, bits: int = 16) -> None:
+    def __init__(self, model: Any, policy: AUVLook, profile: Profile | None = None, bits: int = 16) -> None:
+        factors, self.static = (profile.factors(), profile.moments()) if profile else (None, None)
         self.bits, self.size = bits, model.config.hidden_size // model.config.num_attention_heads
         config, self.factors = model.config, factors
         self.model, self.policy = model, policy
@@ -55,9 +55,9 @@ class Naive:
         for token in range(query.shape[2]):
             for group in range(self.groups):
                 position = len(self.keys[layer][group])
-                newest = self.few(8) if self.first and self.bits < 16 else torch.clone
-                self.keys[layer][group].append(newest(key[0, group, token]))
-                self.values[layer][group].append(newest(value[0, group, token]))
+                for held, vectors in ((self.keys, key), (self.values, value)):
+                    vector = vectors[0, group, token]
+                    held[layer][group].append(self.few(vector, 8) if self.first and self.bits < 16 else vector)
                 paid: dict[int, float] = {}
                 self.alive[layer][group].append(position)
                 alive = self.alive[layer][group]
@@ -80,11 +80,19 @@ class Naive:
         """Sums of slots are kept in 16 bits."""
         return float(torch.tensor(paid * 256).clamp(max=65504).half()) / 256
 
-    @staticmethod
-    def few(bits: int) -> Callable[[Tensor], Tensor]:
+    def few(self, vector: Tensor, bits: int, moments: Tensor | None = None) -> Tensor:
         """What is left of a vector."""
-        codec = QuantizedCodec(torch.float32, bits)
-        return lambda vector: codec.decode(codec.pack(vector[None]))[0]
+        codec = EvenCodec(torch.float32, bits) if bits < 4 else QuantizedCodec(torch.float32, bits)
+        metric = None if moments is None else Metric(moments[None])
+        return codec.decode(codec.pack(vector[None], torch.zeros(1, dtype=torch.int64), metric))[0]
+
+    def quantize(self, layer: int, group: int, position: int, moments: Tensor | None) -> None:
+        """A token goes into a slot."""
+        bits = self.policy.coarse if (layer, group, position) in self.coarse else self.bits
+        keys, values = self.keys[layer][group], self.values[layer][group]
+        if self.bits < 16:
+            keys[position] = self.few(keys[position], bits, None if moments is None else moments[layer, group])
+            values[position] = self.few(values[position], bits)
 
     def call(self, ids: list[int], start: int) -> Tensor:
         with harness.attention(self.model, "naive-look"), torch.no_grad():
@@ -151,14 +159,8 @@ class Naive:
             for group in range(self.groups):
                 self.alive[layer][group] = sorted(p for one, other, p in kept if (one, other) == (layer, group))
             self.room[layer] = sum(self.cost(layer, g, p) for g in range(self.groups) for p in self.alive[layer][g])
-        for layer, group, p in kept if self.bits < 16 else []:
-            keys, values = self.keys[layer][group], self.values[layer][group]
-            assert moments is not None
-            coarse = (layer, group, p) in self.coarse
-            codec = EvenCodec(torch.float32, self.policy.coarse) if coarse else QuantizedCodec(torch.float32, self.bits)
-            turned = codec.turn(codec.turn(moments[layer, group]).T)
-            keys[p] = codec.decode(codec.pack(keys[p][None], torch.zeros(1, dtype=torch.int64), turned[None]))[0]
-            values[p] = codec.decode(codec.pack(values[p][None]))[0]
+        for place in kept:
+            self.quantize(*place, moments)
         self.paid = {}
         for layer, group, p in kept:
             start = float(score[layer, group, p]) ** self.policy.power * self.policy.prior
@@ -182,8 +184,6 @@ class Naive:
             for group in range(self.groups):
                 for p in range(self.first, self.first + leaving):
                     self.paid[layer, group, p] = self.rounded(self.paid[layer, group, p])
-                    for held in (self.keys, self.values) if self.bits < 16 else ():
-                        held[layer][group][p] = self.few(self.bits)(held[layer][group][p])
         self.first += leaving
         for layer in range(self.layers):
             ranked = []
@@ -196,7 +196,13 @@ class Naive:
                     score *= self.factor(layer, group, position)
                     ranked.append((float("inf") if position == old[0] else score, group, position))
             ranked.sort(reverse=True)
-            spent = 0
+            spent, before = 0, len(ranked) - leaving * self.groups
+            for rank, (_, group, position) in enumerate(ranked):
+                if position >= self.first - leaving:
+                    dear, cheap = self.policy.slot_bytes(self.size, 4, self.bits)
+                    if cheap < dear and rank >= self.policy.fine * before:
+                        self.coarse.add((layer, group, position))
+                    self.quantize(layer, group, position, self.static)
             for _, group, position in ranked:
                 spent += self.cost(layer, group, position)
                 if spent > self.room[layer]:
@@ -217,28 +223,31 @@ def mean_moments(naive: Naive, queries: int) -> Tensor:
         {"draft": 0, "power": 1.0, "value_norm": True},
         {"look": 0.0, "lead": 20, "ask": 0.0},
         {"profile": True},
-        {"bits": 4},
-        {"bits": 4, "coarse": 2, "fine": 0.5},
+        {"bits": 4, "profile": True},
+        {"bits": 4, "coarse": 2, "fine": 0.5, "value_norm": True},
     ],
 )
 def test_it_does_what_the_slow_version_does(
     name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, factors = MODELS[name](), None
+    model, profile = MODELS[name](), None
     if options.get("profile"):
         monkeypatch.setenv("AUVSUM_CACHE", str(tmp_path))
         heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
         logs = torch.randn(2, 2, heads, generator=torch.Generator().manual_seed(4)).tolist()
-        profile = Profile("tiny", shape_of(model.config), *(tuple(map(tuple, one)) for one in logs))
+        size = model.config.hidden_size // model.config.num_attention_heads
+        queries = torch.randn(2, heads, 40, size, generator=torch.Generator().manual_seed(5))
+        queries[..., 0] *= 9
+        told = few_directions(queries.mT @ queries)
+        profile = Profile("tiny", shape_of(model.config), *(tuple(map(tuple, one)) for one in logs), queries=told)
         (tmp_path / "profiles").mkdir()
         (tmp_path / "profiles" / "tiny.json").write_text(profile.to_json())
-        factors = profile.factors()
     options = dict(options)
     bits = options.pop("bits", 16)
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
     stream = tiny.tokens(PROMPT + NEW, 17)[0].tolist()
     ids, span, slots = stream[:PROMPT], (4, 55), 40
-    cache, naive = HeadsCache(model.config, policy, slots, bits=bits), Naive(model, policy, factors, bits)
+    cache, naive = HeadsCache(model.config, policy, slots, bits=bits), Naive(model, policy, profile, bits)
     with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
         model(torch.tensor([ids]), past_key_values=cache)
     naive.call(ids, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auvsum.cache.codec import EvenCodec, QuantizedCodec, Tiers, make_codec, vector_bytes
+from auvsum.cache.codec import EvenCodec, Metric, QuantizedCodec, Tiers, make_codec, vector_bytes
 from auvsum.errors import PolicyError
 
 SIZES = [8, 32, 64, 80, 96, 128, 256]
@@ -76,7 +76,7 @@ def test_a_head_size_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bits", [3, 2])
-@pytest.mark.parametrize("size", [8, 64, 96, 128])
+@pytest.mark.parametrize("size", [64, 80, 96, 128])
 def test_even_steps_on_both_sides_of_zero(size: int, bits: int) -> None:
     """Each channel comes back as its best level, of a step that no other step of the group beats by much."""
     codec = EvenCodec(torch.float32, bits)
@@ -102,11 +102,7 @@ def test_even_steps_on_both_sides_of_zero(size: int, bits: int) -> None:
                 )
                 for s in range(10, 100)
             )
-            assert float((got - want).square().sum()) <= 2.5 * best
-
-
-def damped(metric: torch.Tensor) -> torch.Tensor:
-    return metric + 0.02 * metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(metric.shape[-1])
+            assert float((got - want).square().sum()) <= 1.5 * best
 
 
 @pytest.mark.parametrize(
@@ -119,23 +115,21 @@ def test_codes_chosen_by_a_metric_lose_less_of_it(codec: EvenCodec | QuantizedCo
     metric = directions.mT @ directions
     head = torch.tensor([0] * 5 + [2] * 40)  # a head without vectors between them
     vectors = torch.randn(45, 64, generator=seed)
-    own = damped(metric)[head]
-    lost = []
-    for chosen in (None, metric):
+    own, lost = codec.turn(codec.turn(metric).mT)[head], []
+    for chosen in (None, Metric(metric)):
         error = codec.unpack(codec.pack(vectors, None if chosen is None else head, chosen)) - codec.turn(vectors)
         lost.append(float((error[:, None] @ own @ error[..., None]).mean()))
     assert lost[1] < 0.6 * lost[0]
     # One head after the other gives the same codes.
-    alone = [codec.pack(vectors[head == h], torch.zeros(int((head == h).sum()), dtype=torch.int64), metric[h : h + 1])
-             for h in (0, 2)]  # fmt: skip
-    for together, parts in zip(codec.pack(vectors, head, metric), zip(*alone, strict=True), strict=True):
+    alone = [codec.pack(vectors[head == h], head[head == h] * 0, Metric(metric[h : h + 1])) for h in (0, 2)]
+    for together, parts in zip(codec.pack(vectors, head, Metric(metric)), zip(*alone, strict=True), strict=True):
         assert torch.equal(together, torch.cat(parts))
 
 
 def test_without_correlations_a_metric_changes_nothing() -> None:
     codec, vectors = QuantizedCodec(torch.float32, 4), torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
     head = torch.arange(9) // 3
-    plain, aware = codec.pack(vectors), codec.pack(vectors, head, 5 * torch.eye(32).expand(3, -1, -1))
+    plain, aware = codec.pack(vectors), codec.pack(vectors, head, Metric(5 * torch.eye(32).expand(3, -1, -1)))
     assert all(torch.equal(one, other) for one, other in zip(plain, aware, strict=True))
 
 
@@ -148,8 +142,11 @@ def test_tiers_hold_each_vector_in_its_codec_through_every_move(share: float) ->
     want = torch.where(best[:, None], fine.unpack(fine.pack(vectors)), coarse.unpack(coarse.pack(vectors)))
     memory = tiers.pack(vectors, best)
     assert torch.equal(tiers.unpack(memory, best), want)
-    memory, best = tiers.added(memory, more), torch.cat([best, torch.ones(3, dtype=torch.bool)])
-    want = torch.cat([want, fine.unpack(fine.pack(more))])
+    added = torch.tensor([True, False, True])
+    memory, best = tiers.added(memory, more, added, torch.zeros(3, dtype=torch.int64), None), torch.cat([best, added])
+    want = torch.cat(
+        [want, torch.where(added[:, None], fine.unpack(fine.pack(more)), coarse.unpack(coarse.pack(more)))]
+    )
     assert torch.equal(tiers.unpack(memory, best), want)
     order = torch.randperm(23, generator=seed)[:11]
     assert torch.equal(tiers.unpack(tiers.select(memory, best, order), best[order]), want[order])
