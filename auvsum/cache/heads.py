@@ -344,8 +344,9 @@ class HeadsLayer(UncountedLayer):
         if self.policy.value_norm:
             before = self.codec.unpack(held.values, held.fine)
             score *= torch.cat([before, new_values]).float().norm(dim=-1)
-        order = score.masked_fill_(oldest, torch.inf).argsort(descending=True)
-        order = order[(head[order] // groups).argsort(stable=True)]  # row after row, in each the best first
+        # Row after row, in each the best first; on a tie the later one, so that the older goes.
+        order = len(head) - 1 - score.masked_fill_(oldest, torch.inf).flip(0).argsort(descending=True, stable=True)
+        order = order[(head[order] // groups).argsort(stable=True)]
         owner = head[order] // groups
         leaving = torch.tensor([writing.due.get(row, 0) for row in range(rows)], device=device) * groups
         size = held.starts[groups::groups] - held.starts[:-1:groups]

@@ -194,16 +194,18 @@ class Naive:
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
                     score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
                     score *= self.factor(layer, group, position)
-                    ranked.append((float("inf") if position == old[0] else score, group, position))
+                    fresh = position >= self.first - leaving
+                    tie = (position, group) if fresh else (group, position)
+                    ranked.append((float("inf") if position == old[0] else score, fresh, tie, group, position))
             ranked.sort(reverse=True)
             spent, before = 0, len(ranked) - leaving * self.groups
-            for rank, (_, group, position) in enumerate(ranked):
+            for rank, (*_, group, position) in enumerate(ranked):
                 if position >= self.first - leaving:
                     dear, cheap = self.policy.slot_bytes(self.size, 4, self.bits)
                     if cheap < dear and rank >= self.policy.fine * before:
                         self.coarse.add((layer, group, position))
                     self.quantize(layer, group, position, self.static)
-            for _, group, position in ranked:
+            for *_, group, position in ranked:
                 spent += self.cost(layer, group, position)
                 if spent > self.room[layer]:
                     self.alive[layer][group].remove(position)
@@ -245,7 +247,7 @@ def test_it_does_what_the_slow_version_does(
     options = dict(options)
     bits = options.pop("bits", 16)
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
-    stream = tiny.tokens(PROMPT + NEW, 17)[0].tolist()
+    stream = tiny.tokens(PROMPT + NEW, 18)[0].tolist()
     ids, span, slots = stream[:PROMPT], (4, 55), 40
     cache, naive = HeadsCache(model.config, policy, slots, bits=bits), Naive(model, policy, profile, bits)
     with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
