@@ -50,9 +50,11 @@ class Metric:
         # turned = (I + U) S (I + U)^T, U strictly upper and S diagonal in blocks: errors e = η (I + U)^-1 then cost
         # η S η^T, where η are the errors of rounding alone.
         root = torch.linalg.cholesky(turned.flip(-1, -2)).flip(-1, -2)
-        blocks = [slice(at, at + _BLOCK) for at in range(0, size, _BLOCK)]
-        upper = torch.cat([root[..., own] @ torch.linalg.inv(root[..., own, own]) for own in blocks], -1)
-        self.blocks, self.upper, self.turned = blocks, upper.float(), turned.float()
+        self.blocks = [slice(at, at + _BLOCK) for at in range(0, size, _BLOCK)]
+        block = torch.arange(size, device=moments.device) // _BLOCK
+        within = root * (block[:, None] == block)
+        upper = torch.linalg.solve_triangular(within, root, upper=True, left=False)
+        self.upper, self.turned = upper.float(), turned.float()
 
     def to(self, device: torch.device) -> Metric:
         """The same on another device."""

@@ -17,6 +17,7 @@ of its write regions together, T tokens that arrive (one in decoding).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class Look:
     drafted: Tensor | None
     asked: Tensor | None = None
     moments: Tensor | None = None
+
+    @functools.cached_property
+    def metrics(self) -> list[Metric] | None:
+        """By what the bits of the prompt's keys are chosen, for each layer."""
+        return None if self.moments is None else [Metric(moments) for moments in self.moments]
 
 
 class HeadsLayer(UncountedLayer):
@@ -290,7 +296,7 @@ class HeadsLayer(UncountedLayer):
         fine: Tensor,
         counts: Sequence[int],
         score: Tensor,
-        moments: Tensor | None,
+        metric: Metric | None,
         room: int,
         write: int,
     ) -> None:
@@ -298,7 +304,7 @@ class HeadsLayer(UncountedLayer):
 
         Args:
             head, position: int64 `[N]`, in order of both. fine: which go into the finer codec, bool `[N]`.
-            counts: tokens of each head. score: `[G, n]`. moments: of the queries, `[G, D, D]`.
+            counts: tokens of each head. score: `[G, n]`. metric: of the keys.
             room: bytes that the layer's candidates may take from now on. write: tokens of the write region.
         """
         open_ = self.rows[row]
@@ -307,7 +313,7 @@ class HeadsLayer(UncountedLayer):
         aas = score[head, position].float().pow(self.policy.power) * (self.policy.prior * AAS_UNITS)
         self.rows[row] = None
         self.loose[row] = Slots(
-            keys=self.codec.pack(open_.key[head, position], fine, head, None if moments is None else Metric(moments)),
+            keys=self.codec.pack(open_.key[head, position], fine, head, metric),
             values=self.codec.pack(open_.value[head, position], fine),
             words=(position * 2 + fine).to(torch.int32),
             aas=aas.clamp_(max=AAS_MOST).half(),
@@ -568,7 +574,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         heads = layers * groups
         dear, cheap = self.layers[0].slot_bytes
         # In more bits what is left to gain is not worth the time.
-        moments = list(look.moments) if look and look.moments is not None and self.bits == 4 else [None] * layers
+        metrics = (look.metrics if look and self.bits == 4 else None) or [None] * layers
         if look is None:
             if room < tokens:
                 raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")
@@ -593,11 +599,11 @@ class HeadsCache(Cache):  # type: ignore[misc]
         head, position = best // tokens % groups, best % tokens
         shares = [sum(own) for own in counts]
         parts = (part.split(shares) for part in (head, position, fine))
-        for layer, *own, per_head, scored, moment in zip(self.layers, *parts, counts, score, moments, strict=True):
+        for layer, *own, per_head, scored, metric in zip(self.layers, *parts, counts, score, metrics, strict=True):
             held = dear * room * groups
             if count < tokens * heads:
                 held = cheap * len(own[2]) + (dear - cheap) * int(own[2].sum())
-            layer.keep(row, *own, per_head, scored, moment, held, write)
+            layer.keep(row, *own, per_head, scored, metric, held, write)
         self.writing.start(row, write, tokens)
 
     def copy_rows(self, count: int) -> None:
