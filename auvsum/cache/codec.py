@@ -158,8 +158,7 @@ class QuantizedCodec(Codec):
         return [codes, torch.zeros((*shape, groups, 2), dtype=torch.float16, device=device)]
 
     def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
-        size = vectors.shape[-1]
-        grouped = self.turn(vectors.float()).unflatten(-1, _groups(size))
+        grouped = _grouped(self.turn(vectors.float()))
         low = grouped.amin(-1, keepdim=True)
         step = (grouped.amax(-1, keepdim=True) - low) / (2**self.bits - 1)
         # Rounded as they are kept, so that the codes fit the scales that will be read.
@@ -168,8 +167,8 @@ class QuantizedCodec(Codec):
         if head is None or metric is None:
             codes = ((grouped - low) / step.clamp_min(1e-8)).round_().clamp_(0, 2**self.bits - 1)
         else:
-            ends = (x.expand_as(grouped).reshape(vectors.shape) for x in (low, step.clamp_min(1e-8)))
-            codes = metric.codes(grouped.reshape(vectors.shape), *ends, 2**self.bits - 1, head)
+            least, length = (x.expand_as(grouped).reshape(vectors.shape) for x in (low, step))
+            codes = metric.codes(grouped.reshape(vectors.shape), least, length, 2**self.bits - 1, head)
         codes = codes.view(vectors.shape).to(torch.uint8)
         if self.bits == 4:
             first, second = codes.chunk(2, -1)
@@ -180,7 +179,7 @@ class QuantizedCodec(Codec):
         codes, scales = memory
         if self.bits == 4:
             codes = torch.cat([codes & 15, codes >> 4], -1)
-        grouped = codes.unflatten(-1, _groups(codes.shape[-1])).to(self.dtype)
+        grouped = _grouped(codes).to(self.dtype)
         low, step = scales.to(self.dtype).chunk(2, -1)
         return torch.addcmul(low, grouped, step).flatten(-2)
 
@@ -204,7 +203,7 @@ class EvenCodec(Codec):
 
     def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
         y = self.turn(vectors.float())
-        grouped = y.unflatten(-1, _groups(y.shape[-1]))
+        grouped = _grouped(y)
         step = grouped.square().mean(-1, keepdim=True).sqrt().mul_(_STEPS[self.bits]).clamp_min_(1e-8)
         if head is None or metric is None:
             codes = (grouped / step + self.middle).round_().clamp_(0, 2 * self.middle)
@@ -233,8 +232,9 @@ class EvenCodec(Codec):
         codes = torch.cat([low & 3, (low >> 2) & 3, (low >> 4) & 3, low >> 6], -1)
         if high:
             codes = codes | torch.cat([((high[0] >> i) & 1) << 2 for i in range(8)], -1)
-        grouped = codes.unflatten(-1, _groups(codes.shape[-1])).to(self.dtype)
-        return ((grouped - self.middle) * step.to(self.dtype)).flatten(-2)
+        grouped = _grouped(codes).to(self.dtype)
+        found: Tensor = (grouped - self.middle) * step.to(self.dtype)
+        return found.flatten(-2)
 
     def turn(self, vectors: Tensor) -> Tensor:
         return _rotate(vectors)
@@ -318,9 +318,10 @@ def _group(head_dim: int) -> int:
     return next(size for size in range(min(_GROUP, head_dim), 0, -1) if head_dim % size == 0)
 
 
-def _groups(head_dim: int) -> tuple[int, int]:
-    """Groups of a vector, and channels of each."""
-    return head_dim // _group(head_dim), _group(head_dim)
+def _grouped(vectors: Tensor) -> Tensor:
+    """`[.., D]` as `[.., groups, channels of a group]`."""
+    size = _group(vectors.shape[-1])
+    return vectors.reshape(*vectors.shape[:-1], vectors.shape[-1] // size, size)
 
 
 def _rotate(vectors: Tensor) -> Tensor:

@@ -574,7 +574,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         heads = layers * groups
         dear, cheap = self.layers[0].slot_bytes
         # In more bits what is left to gain is not worth the time.
-        metrics = (look.metrics if look and self.bits == 4 else None) or [None] * layers
+        metrics: Sequence[Metric | None] = (look.metrics if look and self.bits == 4 else None) or [None] * layers
         if look is None:
             if room < tokens:
                 raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")

@@ -41,6 +41,10 @@ class AUVLook(Policy):
     region; when that is full, the least of all the layer's tokens go (multi-step eviction, §3.4), and those that stay
     are quantized as they are scattered into slots.
 
+    Slots of 4 bits have two precisions: a quarter of them is kept in 4 bits, and tokens ranked behind these in 3, of
+    which there are the more. Codes of the prompt's keys are chosen by what the second look's own queries make of their
+    errors (`codec.Metric`), those of written keys by the directions of queries that the model's profile tells.
+
     Args:
         look: share of the document that is read again, in pieces spread over it; 0 for none.
         lead: tokens of the document's beginning that are read again in any case.
@@ -72,6 +76,7 @@ class AUVLook(Policy):
     paper: ClassVar[str] = "AUV's scores over a second look at the prompt; after KVzip (Kim et al., NeurIPS 2025)"
     evicts: ClassVar[str] = "end of prompt over all layers and heads, then tokens of a layer every few steps"
     state: ClassVar[tuple[str, ...]] = ("aas",)
+    state_element: ClassVar[int] = 2
     streams: ClassVar[bool] = False
     by_head: ClassVar[bool] = True
 
