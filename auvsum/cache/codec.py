@@ -12,6 +12,7 @@ lose more than the room they save gives back; rounded by what queries make of th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -219,21 +220,21 @@ class EvenCodec(Codec):
 
     def _planes(self, codes: Tensor) -> list[Tensor]:
         """Two bits of four channels a byte, and the third of eight."""
-        low = (codes & 3).chunk(4, -1)
-        planes = [low[0] | (low[1] << 2) | (low[2] << 4) | (low[3] << 6)]
-        if self.bits == 3:
-            high = torch.stack((codes >> 2).chunk(8, -1))
-            shifts = torch.arange(8, device=codes.device, dtype=torch.uint8).view(-1, *[1] * codes.dim())
-            planes.append((high << shifts).sum(0, dtype=torch.uint8))
-        return planes
+        planes = [(codes & 3, 4, 2)] + [(codes >> 2, 8, 1)] * (self.bits - 2)
+        return [
+            (bits.view(*bits.shape[:-1], count, bits.shape[-1] // count) << _shifts(count, width, codes.device)).sum(
+                -2, dtype=torch.uint8
+            )
+            for bits, count, width in planes
+        ]
 
     def unpack(self, memory: list[Tensor]) -> Tensor:
         low, *high, step = memory
-        codes = torch.cat([low & 3, (low >> 2) & 3, (low >> 4) & 3, low >> 6], -1)
+        codes = ((low[..., None, :] >> _shifts(4, 2, low.device)) & 3).flatten(-2)
         if high:
-            codes = codes | torch.cat([((high[0] >> i) & 1) << 2 for i in range(8)], -1)
-        grouped = _grouped(codes).to(self.dtype)
-        found: Tensor = (grouped - self.middle) * step.to(self.dtype)
+            third = ((high[0][..., None, :] >> _shifts(8, 1, low.device)) & 1).flatten(-2)
+            codes = codes.add_(third, alpha=4)
+        found: Tensor = _grouped(codes.to(self.dtype)).sub_(self.middle).mul_(step.to(self.dtype))
         return found.flatten(-2)
 
     def turn(self, vectors: Tensor) -> Tensor:
@@ -265,20 +266,31 @@ class Tiers:
         return [x for codec, own in parts
                 for x in codec.pack(vectors[own], None if head is None else head[own], metric)]  # fmt: skip
 
-    def unpack(self, memory: list[Tensor], fine: Tensor) -> Tensor:
-        """`[N, D]` in the turned space."""
-        best = self.fine.unpack(memory[: self.parts])
-        if self.coarse is None:
-            return best
-        found = best.new_empty((fine.shape[0], best.shape[-1]))
-        found[fine], found[~fine] = best, self.coarse.unpack(memory[self.parts :])
-        return found
+    def unpack(self, memory: list[Tensor], fine: Tensor, index: Tensor | None = None) -> Tensor:
+        """Those at `index`, all `[N, D]` without it, in the turned space."""
+        found = self.fine.unpack(memory[: self.parts])
+        if self.coarse is not None:
+            found = torch.cat([found, self.coarse.unpack(memory[self.parts :])])
+            places = self.places(fine)
+            index = places if index is None else places[index]
+        return found if index is None else found[index]
 
-    def added(
-        self, memory: list[Tensor], vectors: Tensor, fine: Tensor, head: Tensor, metric: Metric | None
-    ) -> list[Tensor]:
-        """More vectors `[N, D]` behind those of either codec."""
-        return [torch.cat(parts) for parts in zip(memory, self.pack(vectors, fine, head, metric), strict=True)]
+    @staticmethod
+    def places(fine: Tensor) -> Tensor:
+        """Where each vector is when those of the finer codec lie before all others, int64 `[N]`."""
+        best = fine.cumsum(0)
+        return torch.where(fine, best - 1, best[-1:] - 1 + torch.arange(1, len(fine) + 1, device=fine.device) - best)
+
+    def both(self, vectors: Tensor, head: Tensor, metric: Metric | None) -> list[Tensor]:
+        """`[N, D]` in either codec, for `added` to choose from."""
+        return [x for codec in (self.fine, self.coarse) if codec for x in codec.pack(vectors, head, metric)]
+
+    def added(self, memory: list[Tensor], more: Sequence[Tensor], fine: Tensor) -> list[Tensor]:
+        """Vectors in `both` codecs behind those of the one that `fine` names."""
+        if self.coarse is None:
+            return [torch.cat(parts) for parts in zip(memory, more, strict=True)]
+        own = [x[fine] if number < self.parts else x[~fine] for number, x in enumerate(more)]
+        return [torch.cat(parts) for parts in zip(memory, own, strict=True)]
 
     def select(self, memory: list[Tensor], fine: Tensor, order: Tensor) -> list[Tensor]:
         """The vectors `order`, int64 `[K]`, in that order."""
@@ -316,6 +328,12 @@ def _check(head_dim: int, bits: int) -> None:
 def _group(head_dim: int) -> int:
     """Channels that share a scale: the largest divisor of the head size up to 64."""
     return next(size for size in range(min(_GROUP, head_dim), 0, -1) if head_dim % size == 0)
+
+
+@functools.cache
+def _shifts(count: int, width: int, device: torch.device) -> Tensor:
+    """By how far each of the values in a byte is shifted, `[count, 1]`."""
+    return torch.arange(0, count * width, width, dtype=torch.uint8, device=device)[:, None]
 
 
 def _grouped(vectors: Tensor) -> Tensor:

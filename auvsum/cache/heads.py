@@ -89,8 +89,11 @@ class HeadsLayer(UncountedLayer):
         self.number, self.layers = place
         #: What its tokens are worth, those of the prompt and written ones, `[G, 2]`; None for all the same.
         self.factors: Tensor | None = None
-        #: By what the bits of written tokens' keys are chosen; None for each channel by itself.
+        #: By what the bits of written tokens' keys are chosen, for the heads of all layers; None for each channel by
+        #: itself.
         self.metric: Metric | None = None
+        #: Layers that have to make room in this step, all layers' list.
+        self.full: list[HeadsLayer] = []
         #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
         self.rows: list[Open | None] = [None] * len(writing.active)
         self.loose: dict[int, Slots] = {}
@@ -154,7 +157,9 @@ class HeadsLayer(UncountedLayer):
             return self._look(self.looks, self.row, query, key, value, scale)
         if self.row is not None and not self.writing.width[self.row]:
             return self._read(self.row, query, key, value, scale)
+        full = self.full
         if self.number == 0:
+            full.clear()
             self._plan(query.shape[2], query.device)
         rows = self.writing.rows
         if self.members != rows:
@@ -166,6 +171,9 @@ class HeadsLayer(UncountedLayer):
             if rows:
                 out[rows] = self._step(query[rows], key[rows], value[rows], scale)
         if self.number == self.layers - 1:
+            if full:
+                _make_room(full)
+            full.clear()
             self.writing.finish()
         return out
 
@@ -271,7 +279,7 @@ class HeadsLayer(UncountedLayer):
         else:
             held.write_aas.index_add_(0, writing.region.view(-1), own_paid)
         if writing.due:
-            self._make_room(held)
+            self.full.append(self)
         return out.view(rows, heads, tokens, size).transpose(1, 2)
 
     def _candidates(self, held: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -280,7 +288,7 @@ class HeadsLayer(UncountedLayer):
             return held.unpacked
         index, padding = held.padded()
         fine = held.fine
-        keys, values = (self.codec.unpack(kept, fine)[index] for kept in (held.keys, held.values))
+        keys, values = (self.codec.unpack(kept, fine, index) for kept in (held.keys, held.values))
         found = keys, values, index, padding
         if self.keeps_unpacked:
             held.unpacked = found
@@ -329,8 +337,14 @@ class HeadsLayer(UncountedLayer):
             parts=self.codec.parts,
         )
 
-    def _make_room(self, held: Slots) -> None:
-        """Multi-step eviction: the older half of a full write region competes with the candidates of all heads."""
+    def make_room(self, new_keys: list[Tensor], new_values: list[Tensor], norms: Tensor | None) -> None:
+        """Multi-step eviction: the older half of a full write region competes with the candidates of all heads.
+
+        Args:
+            new_keys, new_values: what leaves the write regions, as `Tiers.both` has it. norms: of those values.
+        """
+        held = self.held
+        assert held is not None
         writing, groups, device = self.writing, held.groups, held.aas.device
         count, rows = held.words.shape[0], len(held.sizes)
         old = torch.arange(rows * groups, device=device).repeat_interleave(held.starts.diff(), output_size=count)
@@ -343,16 +357,13 @@ class HeadsLayer(UncountedLayer):
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
         oldest[0].fill_(True)
-        new_keys, new_values = (
-            self.write_codec.decode(x, writing.flush).flatten(0, 1) for x in (held.write_keys, held.write_values)
-        )
         score = self._scores(head, position, aas)
-        if self.policy.value_norm:
-            before = self.codec.unpack(held.values, held.fine)
-            score *= torch.cat([before, new_values]).float().norm(dim=-1)
+        if norms is not None:
+            score *= torch.cat([self.codec.unpack(held.values, held.fine).float().norm(dim=-1), norms])
         # Row after row, in each the best first; on a tie the later one, so that the older goes.
         order = len(head) - 1 - score.masked_fill_(oldest, torch.inf).flip(0).argsort(descending=True, stable=True)
-        order = order[(head[order] // groups).argsort(stable=True)]
+        if rows > 1:
+            order = order[(head[order] // groups).argsort(stable=True)]
         owner = head[order] // groups
         leaving = torch.tensor([writing.due.get(row, 0) for row in range(rows)], device=device) * groups
         size = held.starts[groups::groups] - held.starts[:-1:groups]
@@ -363,8 +374,8 @@ class HeadsLayer(UncountedLayer):
             rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=device) - begin[owner])
             fine[count:] = (rank < self.policy.fine * size[head // groups])[count:]
         keys, values = (
-            self.codec.added(kept, new, fine[count:], head[count:] % groups, metric)
-            for kept, new, metric in ((held.keys, new_keys, self._metric(device)), (held.values, new_values, None))
+            self.codec.added(kept, new, fine[count:])
+            for kept, new in ((held.keys, new_keys), (held.values, new_values))
         )
         # A row keeps its best for as long as their bytes last; one that has no new tokens keeps all.
         spent = torch.where(fine[order], *self.slot_bytes).cumsum(0)
@@ -385,9 +396,6 @@ class HeadsLayer(UncountedLayer):
         )
         held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
         held.unpacked = None
-
-    def _metric(self, device: torch.device) -> Metric | None:
-        return None if self.metric is None else self.metric.to(device)
 
     def _scores(self, head: Tensor, position: Tensor, aas: Tensor) -> Tensor:
         """By which tokens compete: the attention paid to each, a query that could pay it."""
@@ -453,6 +461,31 @@ class HeadsLayer(UncountedLayer):
         return own + list(range(writing.first[row], writing.first[row] + writing.written[row]))
 
 
+def _make_room(layers: Sequence[HeadsLayer]) -> None:
+    """What leaves the layers' write regions goes into slots; its codes are chosen for all layers together."""
+    writing, codec, policy = layers[0].writing, layers[0].codec, layers[0].policy
+    held = [layer.held for layer in layers]
+    leaving = []
+    for memories in ([one.write_keys for one in held if one], [one.write_values for one in held if one]):
+        parts = [torch.cat([part[writing.flush] for part in tensors]) for tensors in zip(*memories, strict=True)]
+        leaving.append(layers[0].write_codec.decode(parts).flatten(0, 1))
+    keys, values = leaving
+    groups = layers[0].heads
+    count = len(writing.flush) * groups
+    numbers = torch.tensor([layer.number for layer in layers], device=keys.device)
+    head = torch.arange(groups, device=keys.device).repeat(len(writing.flush))
+    head = (numbers[:, None] * groups + head).view(-1)
+    metric = layers[0].metric
+    packed_keys = codec.both(keys, head, None if metric is None else metric.to(keys.device))
+    packed_values = codec.both(values, head, None)
+    norms = values.float().norm(dim=-1) if policy.value_norm else None
+    for number, layer in enumerate(layers):
+        own = slice(number * count, (number + 1) * count)
+        layer.make_room(
+            [x[own] for x in packed_keys], [x[own] for x in packed_values], None if norms is None else norms[own]
+        )
+
+
 class HeadsCache(Cache):  # type: ignore[misc]
     """A cache for policies that give every head its own number of slots.
 
@@ -484,11 +517,13 @@ class HeadsCache(Cache):  # type: ignore[misc]
         #: What tokens of each head are worth, the prompt's and written ones, `[layers, G, 2]`; None for all the same.
         self.factors = None if profile is None else profile.factors()
         moments = None if profile is None or bits != 4 else profile.moments()
+        metric = None if moments is None else Metric(moments.flatten(0, 1))
+        full: list[HeadsLayer] = []
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
         for layer in self.layers:
             layer.factors = None if self.factors is None else self.factors[layer.number]
-            layer.metric = None if moments is None else Metric(moments[layer.number])
+            layer.metric, layer.full = metric, full
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 

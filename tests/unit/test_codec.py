@@ -143,7 +143,8 @@ def test_tiers_hold_each_vector_in_its_codec_through_every_move(share: float) ->
     memory = tiers.pack(vectors, best)
     assert torch.equal(tiers.unpack(memory, best), want)
     added = torch.tensor([True, False, True])
-    memory, best = tiers.added(memory, more, added, torch.zeros(3, dtype=torch.int64), None), torch.cat([best, added])
+    both = tiers.both(more, torch.zeros(3, dtype=torch.int64), None)
+    memory, best = tiers.added(memory, both, added), torch.cat([best, added])
     want = torch.cat(
         [want, torch.where(added[:, None], fine.unpack(fine.pack(more)), coarse.unpack(coarse.pack(more)))]
     )
