@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from auvsum.cache.head_profiles import find_profile
 from auvsum.engine.models import load
 from auvsum.eval.calibrate import LEFT_OUT, Calibration, Lesson
 from auvsum.eval.config import EvalConfig
@@ -66,6 +67,8 @@ class Document:
     scores: dict[str, Tensor] = field(default_factory=dict)
     #: Root mean squares of what later tokens of the summary pay to each of its tokens, `[L, G, T - 1]`.
     own: Tensor | None = None
+    #: Keys and values of the summary's tokens but the last, `[L, G, T - 1, D]`.
+    pair: tuple[Tensor, Tensor] | None = None
     #: Nats of the summary's tokens with the full cache, fp32 `[T]`.
     nats: Tensor | None = None
 
@@ -108,6 +111,8 @@ class Setting:
     own: Tensor | None = None
     #: Written tokens are in few bits as soon as they are written.
     coarse: Coding | None = None
+    #: Or once they are older than `_WRITE`: what their bits take from their keys and values, `[L, G, T, D]`.
+    errors: tuple[Tensor, Tensor] | None = None
 
 
 class Probe:
@@ -188,6 +193,7 @@ class Probe:
         totals: dict[str, list[Tensor]] = defaultdict(lambda: [0] * self.layers)  # type: ignore[list-item]
         count = sum(map(len, chunks))
         own: dict[int, Tensor] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             probabilities, values = self._full(document, layer, query, key, value, scaling)
@@ -196,6 +202,7 @@ class Probe:
             a = probabilities[..., : document.key.shape[2]]
             totals[name + "^2"][layer] += a.square().mean(1).sum(1) / count
             if name == "written":
+                pairs.append((key[0], value[0]))
                 paid = probabilities[..., document.key.shape[2] :].square().mean(1).tril(-_WRITE)  # [G, T, T]
                 queries = torch.arange(paid.shape[-1], 0, -1, device=paid.device).sub(_WRITE).clamp_min(1)
                 own[layer] = (paid.sum(1) / queries).sqrt()
@@ -223,6 +230,7 @@ class Probe:
             self.call(torch.tensor([chunk], device=self.device), len(document.ids))
         if own:
             document.own = torch.stack(list(own.values()))
+            document.pair = tuple(map(torch.stack, zip(*pairs, strict=True)))  # type: ignore[assignment]
         for key, rows in totals.items():
             stack = torch.stack(rows)
             document.scores[key] = stack.sqrt() if key.endswith("^2") else stack
@@ -257,7 +265,9 @@ class Probe:
         own_keep = None
         if settings[0].own is not None:
             own_keep = torch.stack([s.own for s in settings], 1)  # type: ignore[misc]
-        coarse = settings[0].coarse
+        coarse, errors = settings[0].coarse, None
+        if settings[0].errors is not None:
+            errors = [torch.stack(part, 1) for part in zip(*(s.errors for s in settings), strict=True)]  # type: ignore[misc]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             tokens = query.shape[2]
@@ -276,13 +286,23 @@ class Probe:
             own = (grouped @ key.transpose(-1, -2)).float().mul_(scaling)
             own = own.view(rows, self.groups, -1, tokens, tokens)
             ones = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device)
+            if errors is not None:
+                old_key, old_value = (x + error[layer] for x, error in zip((key, value), errors, strict=True))
+                old = (grouped @ old_key.transpose(-1, -2)).float().mul_(scaling).view_as(own)
+                own = torch.where(ones.tril(-_WRITE), old, own)
             if own_keep is not None and own_keep.dtype == torch.bool:
                 own.masked_fill_(~own_keep[layer][:, :, None, None] & ones.tril(-_WRITE), -torch.inf)
             elif own_keep is not None:
                 own = own + own_keep[layer][:, :, None, None] * ones.tril(-_WRITE)
             own = own.masked_fill(ones.triu(1), -torch.inf).view(rows, self.groups, -1, tokens)
             probabilities = torch.cat([*parts, own], -1).softmax(-1).to(value.dtype)
-            out = probabilities[..., :n] @ values[layer] + probabilities[..., -tokens:] @ value
+            if errors is None:
+                mixed = probabilities[..., -tokens:] @ value
+            else:
+                paid = probabilities[..., -tokens:].reshape(rows, self.groups, -1, tokens, tokens)
+                distant = ones.tril(-_WRITE)
+                mixed = (paid * distant).flatten(2, 3) @ old_value + (paid * ~distant).flatten(2, 3) @ value
+            out = probabilities[..., :n] @ values[layer] + mixed
             if rest is not None:
                 out = out + probabilities[..., n:-tokens] @ rest[1][layer]
             return out.view(rows, self.heads, tokens, -1)
@@ -385,6 +405,46 @@ def coded(x: Tensor, bits: float, coding: Coding, center: bool) -> Tensor:
     if coding.sink:
         found[:, :, 0] = y[:, :, 0]
     return found.to(x.dtype)
+
+
+def fed_back(y: Tensor, bits: int, kind: str, metric: Tensor) -> Tensor:
+    """Rotated vectors `[L, G, n, D]`, channel after channel: each makes up for the errors of those before it, as far as
+    the metric `[L, G, D, D]` says that they matter together (Chee et al. 2023, QuIP's LDLQ)."""
+    size = y.shape[-1]
+    metric = metric.double()
+    metric = metric + 0.02 * metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(
+        size, device=y.device, dtype=torch.float64
+    )
+    upper = torch.linalg.cholesky(metric.flip(-1, -2)).flip(-1, -2)
+    upper = (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None, :]).float()
+    if kind == "ends":
+        low = y.amin(-1, keepdim=True).half().float()
+        step = ((y.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
+    else:
+        levels = LEVELS.setdefault(bits, gauss_levels(bits)).to(y.device)
+        edges = (levels[1:] + levels[:-1]) / 2
+        scale = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+    found, error = torch.empty_like(y), torch.zeros_like(y)
+    for k in range(size):
+        wanted = y[..., k] - (error[..., :k] * upper[..., None, :k, k]).sum(-1)
+        if kind == "ends":
+            codes = ((wanted - low[..., 0]) / step[..., 0]).round().clamp(0, 2**bits - 1)
+            found[..., k] = codes * step[..., 0] + low[..., 0]
+        else:
+            found[..., k] = levels[torch.bucketize(wanted / scale[..., 0], edges)] * scale[..., 0]
+        error[..., k] = found[..., k] - y[..., k]
+    if kind == "ends":
+        return found
+    # The scale that is best for the codes that were chosen.
+    turned = found @ metric.float()
+    return found * ((turned * y).sum(-1, keepdim=True) / (turned * found).sum(-1, keepdim=True)).half().float()
+
+
+def aware_coded(x: Tensor, bits: int, kind: str, metric: Tensor | None) -> Tensor:
+    """What is left of keys or values `[.., n, D]`; `metric` `[.., D, D]` is of rotated vectors."""
+    turn = hadamard(x.shape[-1], x.device)
+    y = x.float() @ turn
+    return ((quantized(y, bits, kind) if metric is None else fed_back(y, bits, kind, metric)) @ turn.T).to(x.dtype)
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -553,6 +613,23 @@ def pieces(document: Document, share: float, lead: int, stride: int = 128) -> li
     return found
 
 
+class _Coder:
+    """A document's keys and values, and those of its summary, as they come back from their bits; each made once."""
+
+    def __init__(self, document: Document, metrics: dict[str, Tensor], value_metric: Tensor) -> None:
+        self.document, self.metrics, self.value_metric = document, metrics, value_metric
+        self.done: dict[Any, Tensor] = {}
+
+    def __call__(self, vectors: tuple[Tensor, Tensor], which: int, coding: Coding, aware: str) -> Tensor:
+        bits = int((coding.keys, coding.values)[which])
+        aware = {"both": "static"}.get(aware, aware) if which == 0 else "both" if aware == "both" else ""
+        key = (vectors is self.document.pair, which, bits, coding.kind, aware)
+        if key not in self.done:
+            metric = None if not aware else self.value_metric if which else self.metrics[aware]
+            self.done[key] = aware_coded(vectors[which], bits, coding.kind, metric)
+        return self.done[key]
+
+
 class Explorer:
     def __init__(self, probe: Probe, sets: dict[str, list[Document]], rows: int) -> None:
         self.probe, self.sets, self.rows, self.book = probe, sets, rows, Book()
@@ -714,6 +791,71 @@ class Explorer:
                     ]  # fmt: skip
                 self.judge(name, document, settings)
 
+    def metrics(self) -> None:
+        """What errors of a rotated key and value matter by, `[2, L, G, D, D]`: the queries of a second look, and the
+        output projection; the keys' also averaged over every other document."""
+        probe = self.probe
+        turn = hadamard(probe.size, probe.device)
+        weights = [layer.self_attn.o_proj.weight.float() for layer in probe.model.model.layers]
+        by_head = torch.stack([w.T.reshape(probe.groups, -1, probe.size, w.shape[0]) for w in weights])
+        self.value_metric = turn.T @ (by_head @ by_head.mT).mean(2) @ turn
+        self.key_metric = torch.zeros_like(self.value_metric)
+        for at, (_, document) in enumerate(self.all()):
+            if at % 2:
+                self.key_metric += self.own_metric(document)
+
+    def own_metric(self, document: Document) -> Tensor:
+        turn = hadamard(self.probe.size, self.probe.device)
+        looks = (pieces(document, 0.25, 128)[:320], document.summary[:32])
+        parts = [self.queries(document, ids) for ids in looks]
+        return turn.T @ sum(x.transpose(-1, -2) @ x / x.shape[2] / 2 for x in parts) @ turn
+
+    def tiers(self) -> None:
+        """Slots of several precisions: the best tokens in 4 bits, those that just made it in fewer; codes that are
+        chosen by what is made of their errors; fewer bytes of state. Only documents that the metric has not seen."""
+        self.metrics()
+        profile = find_profile(self.probe.model.config)
+        factors = None if profile is None else profile.factors().log().to(self.probe.device)
+        size = self.probe.size
+        for at, (name, document) in enumerate(self.all()):
+            if at % 2 and sum(map(len, self.sets.values())) > 1:
+                continue
+            assert document.pair is not None
+            score, own = self.mixed(document, factors)
+            metrics = {"own": self.own_metric(document), "static": self.key_metric, "both": self.key_metric}
+            code = _Coder(document, metrics, self.value_metric)
+            held, settings = (document.key, document.value), []
+            everything = torch.ones_like(own, dtype=torch.bool)
+            nothing = tuple(torch.zeros_like(x) for x in document.pair)
+            for share in BUDGETS:
+                for title, tiers, state, aware, written in TIERS:
+                    mean = sum(part * replace(c, state=state).slot_bytes(size) for part, c in tiers)
+                    number = slots(document, share, Coding()) * Coding().slot_bytes(size) / mean
+                    keep = choose(score, number)
+                    fine = choose(score, max(1.0, number * tiers[0][0])) if len(tiers) > 1 else keep
+                    pairs = [[code(held, i, c, aware) for i in (0, 1)] for _, c in tiers]
+                    for label in ("free", "layer"):
+                        (k, o), top, errors = (keep, everything), fine, nothing
+                        if label == "layer":
+                            if written == "tiers":
+                                k, o = self.by_layer(score, own, keep)
+                                top, best = self.by_layer(score, own, fine)
+                                coded_ = [[code(document.pair, i, c, aware) for i in (0, 1)] for _, c in tiers]
+                            else:
+                                costs = [replace(c, state=state).slot_bytes(size) for c in (tiers[0][1], tiers[-1][1])]
+                                k, o = self.by_bytes(score, own, keep, fine, *costs)
+                                best = everything
+                                coded_ = [[code(document.pair, i, Coding(), "") for i in (0, 1)]]
+                            errors = tuple(torch.where(best[..., None], one, other) - x for one, other, x in
+                                           zip(coded_[0], coded_[-1], document.pair, strict=True))  # fmt: skip
+                        pair = tuple(torch.where(top[..., None], one, other) for one, other in
+                                     zip(pairs[0], pairs[-1], strict=True))  # fmt: skip
+                        settings.append(Setting(f"{share:4.0%} {label} | {title}", k, None, pair, o, errors=errors))
+                    if len(settings) >= self.rows * 2000 // len(document.ids):
+                        self.judge(name, document, settings)
+                        settings = []
+            self.judge(name, document, settings)
+
     def mixed(self, document: Document, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scores of the prompt's tokens and of written ones, on one scale (that of the draft)."""
         assert document.own is not None
@@ -730,6 +872,20 @@ class Explorer:
             one = both(score[layer : layer + 1], own[layer : layer + 1], room)
             keep[layer], kept[layer] = one[0][0], one[1][0]
         return keep, kept
+
+    def by_bytes(
+        self, score: Tensor, own: Tensor, keep: Tensor, fine: Tensor, dear: float, cheap: float
+    ) -> tuple[Tensor, Tensor]:
+        """Each layer has the bytes that its prompt tokens won; the best stay, written ones in the finer coding."""
+        cost = torch.cat([torch.where(fine, dear, cheap) * keep, torch.full_like(own, dear)], -1)
+        room = (torch.where(fine, dear, cheap) * keep).sum((1, 2))
+        ranking = torch.cat([score.masked_fill(~keep, -1.0), own], -1)
+        ranking[..., 0] = torch.inf
+        order = ranking.flatten(1).argsort(-1, descending=True)
+        spent = cost.flatten(1).gather(-1, order).cumsum(-1)
+        stay = torch.zeros_like(spent, dtype=torch.bool).scatter_(-1, order, spent <= room[:, None] + 1e-3)
+        stay = stay.view_as(ranking) & (ranking >= 0)
+        return stay[..., : score.shape[-1]], stay[..., score.shape[-1] :]
 
     def scores(self) -> None:
         coding = Coding(4, 4, "gauss", "kv", state=4)
@@ -838,6 +994,31 @@ class Explorer:
                         }.items():
                             settings.append(Setting(f"{share:4.0%} {seen} {label} | {title}", keep, None, pair, kept))
                 self.judge(name, document, settings)
+
+
+def _tiers() -> Iterator[tuple[str, list[tuple[float, Coding]], int, str, str]]:
+    """Name, one or two tiers as (share of the slots, coding), bytes of state, by what codes are chosen (nothing, the
+    queries of the prompt's own look, of other documents, those and the output projection), written tokens' coding."""
+    ends = Coding(4, 4)
+    g2, g3, k3 = Coding(2, 2, "gauss"), Coding(3, 3, "gauss"), Coding(3, 2, "gauss")
+    e3 = Coding(3, 3)
+    yield "today", [(1.0, ends)], 8, "", "4"
+    yield "4 state", [(1.0, ends)], 4, "", "4"
+    for aware in ("own", "static", "both"):
+        yield f"4 state, {aware}", [(1.0, ends)], 4, aware, "tiers"
+    for title, low in (("2", g2), ("3", g3), ("K3 V2", k3)):
+        for part in (0.1, 0.25, 0.5):
+            for aware in ("", "static", "both"):
+                yield f"4 {part}, {title}, {aware}", [(part, ends), (1 - part, low)], 4, aware, "tiers"
+        yield f"4 0.25, {title}, own", [(0.25, ends), (0.75, low)], 4, "own", "tiers"
+        yield f"4 0.25, {title}, both, written 4", [(0.25, ends), (0.75, low)], 4, "both", "4"
+        for part in (0.02, 0.1, 0.25, 0.5):
+            yield f"4 {part}, {title}, own, written 4", [(part, ends), (1 - part, low)], 4, "own", "4"
+    yield "4 0.1, ends 3, both", [(0.1, ends), (0.9, e3)], 4, "both", "tiers"
+    yield "4 0.02, 3, both", [(0.02, ends), (0.98, g3)], 4, "both", "tiers"
+
+
+TIERS = list(_tiers())
 
 
 def both(score: Tensor, own: Tensor, number: float) -> tuple[Tensor, Tensor]:

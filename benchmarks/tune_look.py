@@ -54,21 +54,22 @@ class Teacher:
         with cache.reading(0):
             logits = self.see(cache, ids, 0)[-1]
         self.open = [(layer.rows[0].key, layer.rows[0].value) for layer in cache.layers]
-        self.looked: dict[tuple[float, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self.looked: dict[tuple[float, int], Look | None] = {}
         for policy in policies:
             how = (policy.look, policy.lead)
             if how not in self.looked:
                 plain = AUVLook(look=policy.look, lead=policy.lead, draft=0, power=policy.power, ask=policy.ask)
                 cache.policy = plain
-                found = second_look(model, cache, 0, ids, span, None)
-                self.looked[how] = (None, None) if found is None else (found.looked, found.asked)
-        self.drafted, drafts = {}, {policy.draft for policy in policies}
+                self.looked[how] = second_look(model, cache, 0, ids, span, None)
+        self.drafted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        drafts = {policy.draft for policy in policies}
         self.summary, self.nats = [int(logits.argmax())], []
         with cache.looking(0, drafts=True) as seen:
             while len(self.summary) < most:
                 logits = self.see(cache, self.summary[-1:], len(ids) + len(self.summary) - 1)[-1].float()
                 if len(self.summary) in drafts:
-                    self.drafted[len(self.summary)] = torch.stack([layer.total / layer.queries for layer in seen])
+                    found = ((layer.total / layer.queries, layer.moments / layer.queries) for layer in seen)
+                    self.drafted[len(self.summary)] = tuple(map(torch.stack, zip(*found, strict=True)))
                 self.summary.append(int(logits.argmax()))
                 self.nats.append(float(logits.max() - logits.logsumexp(-1)))
 
@@ -92,8 +93,10 @@ class Teacher:
             layer.lazy_initialization(key, value)
             layer.rows[0] = Open(key, value)
             layer.keeps_unpacked = True
-        looked, asked = self.looked[policy.look, policy.lead]
-        cache.settle(0, Look(looked, self.drafted.get(policy.draft), asked if policy.ask else None))
+        look = self.looked[policy.look, policy.lead] or Look(None, None)
+        drafted, moments = self.drafted.get(policy.draft, (None, None))
+        moments = torch.stack([one for one in (look.moments, moments) if one is not None]).mean(0)
+        cache.settle(0, Look(look.looked, drafted, look.asked if policy.ask else None, moments))
         length = next((i for i, token in enumerate(self.summary) if token in eos), len(self.summary) - 1)
         at, lost, agreed = 0, [], []
         while at < length:

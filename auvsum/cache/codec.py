@@ -4,11 +4,15 @@ Few bits: a vector is rotated (Hadamard, which spreads outlying channels over al
 channels, and each group is kept as whole steps between its least and its greatest value, both ends in fp16. A token
 carries its own scales, so that it can be scattered into any slot. Measured in docs/LOG.md: groups of 64 with the
 rotation are as good as groups of 32 without it.
+
+Even fewer bits (3 or 2): one scale a group, levels in even steps on both sides of zero. Rounded one by one, such keys
+lose more than the room they save gives back; rounded by what queries make of the errors (`EvenCodec.pack`), less.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +20,78 @@ from torch import Tensor
 
 Index = Any
 
+#: Channels of a vector that are rounded at once, when errors are made up for.
+_BLOCK = 4
+
 #: The most channels that share a scale.
 _GROUP = 64
-#: Bytes of a group's least value and step, fp16 each.
-_SCALE_BYTES = 4
+#: Bytes of a group's least value and step, fp16 each; of its step alone.
+_SCALE_BYTES, _STEP_BYTES = 4, 2
+#: The step, in root mean squares of a group, that is best for a normal distribution.
+_STEPS = {3: 0.5860, 2: 0.9957}
+#: Of a metric's mean diagonal, what is added to all of it: queries that were not seen may ask for any channel.
+_DAMPING = 0.02
+
+
+class Metric:
+    """How errors of a head's rotated vectors add up: of keys, the second moments of the queries.
+
+    Few bits are chosen by it: channels are rounded a few at a time, one block after the other, and each block makes up
+    for the errors of those before it, as far as queries see them together (Chee et al., QuIP, NeurIPS 2023).
+
+    Args:
+        moments: `[G, D, D]`, of vectors that are not rotated; their scale does not matter.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        size = moments.shape[-1]
+        turned = _rotate(_rotate(moments.float()).mT).double()
+        mean = turned.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+        turned = turned / mean[:, None, None] + _DAMPING * torch.eye(size, dtype=torch.float64, device=moments.device)
+        # turned = (I + U) S (I + U)^T, U strictly upper and S diagonal in blocks: errors e = η (I + U)^-1 then cost
+        # η S η^T, where η are the errors of rounding alone.
+        root = torch.linalg.cholesky(turned.flip(-1, -2)).flip(-1, -2)
+        self.blocks = [slice(at, at + _BLOCK) for at in range(0, size, _BLOCK)]
+        block = torch.arange(size, device=moments.device) // _BLOCK
+        within = root * (block[:, None] == block)
+        upper = torch.linalg.solve_triangular(within, root, upper=True, left=False)
+        self.upper, self.turned = upper.float(), turned.float()
+
+    def to(self, device: torch.device) -> Metric:
+        """The same on another device."""
+        self.upper, self.turned = self.upper.to(device), self.turned.to(device)
+        return self
+
+    def codes(self, y: Tensor, low: Tensor, step: Tensor, most: int, head: Tensor) -> Tensor:
+        """Codes between 0 and `most` of `y`, which stand for `low + step * code`; all `[N, D]`, heads `[N]`."""
+        self._arrange(head)
+        wanted, least, length = (self._spread(x) for x in (y, low, step))
+        codes, error = torch.empty_like(wanted), torch.zeros_like(wanted)
+        for own in self.blocks:
+            goal = wanted[..., own] - error[..., : own.start] @ self.upper[:, : own.start, own]
+            found = ((goal - least[..., own]) / length[..., own].clamp_min(1e-8)).round_().clamp_(0, most)
+            codes[..., own] = found
+            error[..., own] = least[..., own] + length[..., own] * found - wanted[..., own]
+        return codes[head, self.place]
+
+    def longer(self, found: Tensor, y: Tensor, head: Tensor) -> Tensor:
+        """By how much `found` should be longer to be as near `y` as can be; `[N, D]` both, the answer `[N]`."""
+        self._arrange(head)
+        found, y = self._spread(found), self._spread(y)
+        turned = found @ self.turned
+        return ((turned * y).sum(-1) / (turned * found).sum(-1).clamp_min(1e-20))[head, self.place]
+
+    def _arrange(self, head: Tensor) -> None:
+        """Where each vector goes when those of a head lie side by side."""
+        counts = torch.bincount(head, minlength=self.upper.shape[0])
+        order = head.argsort(stable=True)
+        place = torch.arange(head.shape[0], device=head.device) - (counts.cumsum(0) - counts)[head[order]]
+        self.head, self.place, self.longest = head, torch.empty_like(head).index_copy_(0, order, place), counts.max()
+
+    def _spread(self, x: Tensor) -> Tensor:
+        found = x.new_zeros((self.upper.shape[0], int(self.longest), x.shape[-1]))
+        found[self.head, self.place] = x
+        return found
 
 
 class Codec:
@@ -38,8 +110,13 @@ class Codec:
         """Memory for `shape` vectors; zeros, since a dead slot must not hold a NaN (0 · NaN is NaN)."""
         return self.pack(torch.zeros((*shape, head_dim), dtype=self.dtype, device=device))
 
-    def pack(self, vectors: Tensor) -> list[Tensor]:
-        """`[.., D]` as it is kept."""
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
+        """`[.., D]` as it is kept.
+
+        Args:
+            head: whose vectors `[N, D]` they are, int64 `[N]`. metric: of those heads; with both, few bits are chosen
+                by it.
+        """
         return [vectors.to(self.dtype)]
 
     def unpack(self, memory: list[Tensor]) -> Tensor:
@@ -81,15 +158,18 @@ class QuantizedCodec(Codec):
         codes = torch.zeros((*shape, head_dim * self.bits // 8), dtype=torch.uint8, device=device)
         return [codes, torch.zeros((*shape, groups, 2), dtype=torch.float16, device=device)]
 
-    def pack(self, vectors: Tensor) -> list[Tensor]:
-        size = vectors.shape[-1]
-        grouped = self.turn(vectors.float()).view(*vectors.shape[:-1], -1, _group(size))
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
+        grouped = _grouped(self.turn(vectors.float()))
         low = grouped.amin(-1, keepdim=True)
         step = (grouped.amax(-1, keepdim=True) - low) / (2**self.bits - 1)
         # Rounded as they are kept, so that the codes fit the scales that will be read.
         scales = torch.cat([low, step], -1).half()
         low, step = scales.float().chunk(2, -1)
-        codes = ((grouped - low) / step.clamp_min(1e-8)).round_().clamp_(0, 2**self.bits - 1)
+        if head is None or metric is None:
+            codes = ((grouped - low) / step.clamp_min(1e-8)).round_().clamp_(0, 2**self.bits - 1)
+        else:
+            least, length = (x.expand_as(grouped).reshape(vectors.shape) for x in (low, step))
+            codes = metric.codes(grouped.reshape(vectors.shape), least, length, 2**self.bits - 1, head)
         codes = codes.view(vectors.shape).to(torch.uint8)
         if self.bits == 4:
             first, second = codes.chunk(2, -1)
@@ -100,15 +180,125 @@ class QuantizedCodec(Codec):
         codes, scales = memory
         if self.bits == 4:
             codes = torch.cat([codes & 15, codes >> 4], -1)
-        grouped = codes.view(*codes.shape[:-1], scales.shape[-2], -1).to(self.dtype)
+        grouped = _grouped(codes).to(self.dtype)
         low, step = scales.to(self.dtype).chunk(2, -1)
-        return torch.addcmul(low, grouped, step).view(codes.shape)
+        return torch.addcmul(low, grouped, step).flatten(-2)
 
     def turn(self, vectors: Tensor) -> Tensor:
         return _rotate(vectors)
 
     def turn_back(self, vectors: Tensor) -> Tensor:
         return _rotate(vectors)
+
+
+class EvenCodec(Codec):
+    """Keeps vectors in 3 or 2 bits a channel.
+
+    Args:
+        dtype: the type vectors come back in. bits: 3 or 2.
+    """
+
+    def __init__(self, dtype: torch.dtype, bits: int) -> None:
+        super().__init__(dtype)
+        self.bits, self.middle = bits, (2**bits - 1) / 2
+
+    def pack(self, vectors: Tensor, head: Tensor | None = None, metric: Metric | None = None) -> list[Tensor]:
+        y = self.turn(vectors.float())
+        grouped = _grouped(y)
+        step = grouped.square().mean(-1, keepdim=True).sqrt().mul_(_STEPS[self.bits]).clamp_min_(1e-8)
+        if head is None or metric is None:
+            codes = (grouped / step + self.middle).round_().clamp_(0, 2 * self.middle)
+            found = codes - self.middle
+            # The step that is best for the codes that were chosen.
+            step = (found * grouped).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)
+            codes = codes.flatten(-2)
+        else:
+            steps = step.expand_as(grouped).flatten(-2)
+            codes = metric.codes(y, -self.middle * steps, steps, round(2 * self.middle), head)
+            step = step * metric.longer((codes - self.middle) * steps, y, head)[:, None, None]
+        return [*self._planes(codes.to(torch.uint8)), step.half()]
+
+    def _planes(self, codes: Tensor) -> list[Tensor]:
+        """Two bits of four channels a byte, and the third of eight."""
+        planes = [(codes & 3, 4, 2)] + [(codes >> 2, 8, 1)] * (self.bits - 2)
+        return [
+            (bits.view(*bits.shape[:-1], count, bits.shape[-1] // count) << _shifts(count, width, codes.device)).sum(
+                -2, dtype=torch.uint8
+            )
+            for bits, count, width in planes
+        ]
+
+    def unpack(self, memory: list[Tensor]) -> Tensor:
+        low, *high, step = memory
+        codes = ((low[..., None, :] >> _shifts(4, 2, low.device)) & 3).flatten(-2)
+        if high:
+            third = ((high[0][..., None, :] >> _shifts(8, 1, low.device)) & 1).flatten(-2)
+            codes = codes.add_(third, alpha=4)
+        found: Tensor = _grouped(codes.to(self.dtype)).sub_(self.middle).mul_(step.to(self.dtype))
+        return found.flatten(-2)
+
+    def turn(self, vectors: Tensor) -> Tensor:
+        return _rotate(vectors)
+
+    def turn_back(self, vectors: Tensor) -> Tensor:
+        return _rotate(vectors)
+
+
+class Tiers:
+    """Vectors in two codecs that turn alike; a mask beside them tells which are in the finer one. `memory` holds the
+    tensors of the finer, then those of the coarser, each in the order of its vectors.
+
+    Args:
+        coarse: None where all are in the finer one.
+    """
+
+    def __init__(self, fine: Codec, coarse: EvenCodec | None) -> None:
+        self.fine, self.coarse = fine, coarse
+        self.parts = 1 if fine.bits == 16 else 2
+
+    def pack(
+        self, vectors: Tensor, fine: Tensor, head: Tensor | None = None, metric: Metric | None = None
+    ) -> list[Tensor]:
+        """`[N, D]`, of which `fine`, bool `[N]`, are in the finer codec."""
+        if self.coarse is None:
+            return self.fine.pack(vectors, head, metric)
+        parts = ((self.fine, fine), (self.coarse, ~fine))
+        return [x for codec, own in parts
+                for x in codec.pack(vectors[own], None if head is None else head[own], metric)]  # fmt: skip
+
+    def unpack(self, memory: list[Tensor], fine: Tensor, index: Tensor | None = None) -> Tensor:
+        """Those at `index`, all `[N, D]` without it, in the turned space."""
+        found = self.fine.unpack(memory[: self.parts])
+        if self.coarse is not None:
+            found = torch.cat([found, self.coarse.unpack(memory[self.parts :])])
+            places = self.places(fine)
+            index = places if index is None else places[index]
+        return found if index is None else found[index]
+
+    @staticmethod
+    def places(fine: Tensor) -> Tensor:
+        """Where each vector is when those of the finer codec lie before all others, int64 `[N]`."""
+        best = fine.cumsum(0)
+        return torch.where(fine, best - 1, best[-1:] - 1 + torch.arange(1, len(fine) + 1, device=fine.device) - best)
+
+    def both(self, vectors: Tensor, head: Tensor, metric: Metric | None) -> list[Tensor]:
+        """`[N, D]` in either codec, for `added` to choose from."""
+        return [x for codec in (self.fine, self.coarse) if codec for x in codec.pack(vectors, head, metric)]
+
+    def added(self, memory: list[Tensor], more: Sequence[Tensor], fine: Tensor) -> list[Tensor]:
+        """Vectors in `both` codecs behind those of the one that `fine` names."""
+        if self.coarse is None:
+            return [torch.cat(parts) for parts in zip(memory, more, strict=True)]
+        own = [x[fine] if number < self.parts else x[~fine] for number, x in enumerate(more)]
+        return [torch.cat(parts) for parts in zip(memory, own, strict=True)]
+
+    def select(self, memory: list[Tensor], fine: Tensor, order: Tensor) -> list[Tensor]:
+        """The vectors `order`, int64 `[K]`, in that order."""
+        if self.coarse is None:
+            return [x[order] for x in memory]
+        chosen = fine[order]
+        best, rest = (fine.cumsum(0) - 1)[order[chosen]], ((~fine).cumsum(0) - 1)[order[~chosen]]
+        return [*(x[best] for x in memory[: self.parts]), *(x[rest] for x in memory[self.parts :])]
 
 
 def make_codec(dtype: torch.dtype, bits: int) -> Codec:
@@ -125,7 +315,7 @@ def vector_bytes(head_dim: int, element_bytes: int, bits: int) -> int:
     if bits == 16:
         return head_dim * element_bytes
     _check(head_dim, bits)
-    return head_dim * bits // 8 + head_dim // _group(head_dim) * _SCALE_BYTES
+    return head_dim * bits // 8 + head_dim // _group(head_dim) * (_STEP_BYTES if bits < 4 else _SCALE_BYTES)
 
 
 def _check(head_dim: int, bits: int) -> None:
@@ -138,6 +328,18 @@ def _check(head_dim: int, bits: int) -> None:
 def _group(head_dim: int) -> int:
     """Channels that share a scale: the largest divisor of the head size up to 64."""
     return next(size for size in range(min(_GROUP, head_dim), 0, -1) if head_dim % size == 0)
+
+
+@functools.cache
+def _shifts(count: int, width: int, device: torch.device) -> Tensor:
+    """By how far each of the values in a byte is shifted, `[count, 1]`."""
+    return torch.arange(0, count * width, width, dtype=torch.uint8, device=device)[:, None]
+
+
+def _grouped(vectors: Tensor) -> Tensor:
+    """`[.., D]` as `[.., groups, channels of a group]`."""
+    size = _group(vectors.shape[-1])
+    return vectors.reshape(*vectors.shape[:-1], vectors.shape[-1] // size, size)
 
 
 def _rotate(vectors: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ belongs to a model's shape: fine-tuned relatives of a model have it too, and use
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 from auvsum.engine.registry import cache_dir
 from auvsum.errors import ConfigError
 
+#: Directions of a head's queries that a profile tells: eight leave a sixth more of the errors than all.
+_DIRECTIONS = 8
 _SHIPPED = Path(__file__).with_name("profiles")
 
 
@@ -30,12 +33,23 @@ class Profile:
     Attributes:
         model: the name it was made with. shape: of the models that it fits, see `shape_of`.
         read: of the prompt's tokens. written: of those that are written later.
+        queries: what `few_directions` made of the queries' second moments; empty for unknown.
     """
 
     model: str
     shape: str
     read: tuple[tuple[float, ...], ...]
     written: tuple[tuple[float, ...], ...]
+    queries: str = ""
+
+    def moments(self) -> Tensor | None:
+        """Second moments of each KV head's queries, fp32 `[layers, G, D, D]`, on a scale of each head's own."""
+        if not self.queries:
+            return None
+        size = int(self.shape.partition(" head=")[2].split()[0])
+        values = torch.frombuffer(bytearray(base64.b64decode(self.queries)), dtype=torch.float16).float()
+        rows = values.view(len(self.read), len(self.read[0]), -1, size)
+        return rows.mT @ rows + torch.eye(rows.shape[-1])
 
     def factors(self) -> Tensor:
         """fp32 `[layers, G, 2]`: of the prompt's tokens and of written ones."""
@@ -48,6 +62,17 @@ class Profile:
             values[name] = [[round(number, 3) for number in row] for row in values[name]]
         rows = [f" {json.dumps(name)}: {_lines(value)}" for name, value in values.items()]
         return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def few_directions(moments: Tensor) -> str:
+    """Second moments `[layers, G, D, D]` as `Profile.queries`: the directions in which most of them lie, beside which
+    all others count alike (as 1)."""
+    values, vectors = torch.linalg.eigh(moments.double().cpu())
+    count = min(_DIRECTIONS, moments.shape[-1] // 2)
+    rest = values[..., :-count].mean(-1, keepdim=True).clamp_min(1e-12)
+    lengths = (values[..., -count:] / rest - 1).clamp_min(0).sqrt()
+    rows = (vectors[..., -count:] * lengths[..., None, :]).mT.half().contiguous()
+    return base64.b64encode(rows.numpy().tobytes()).decode()
 
 
 def shape_of(config: Any) -> str:
@@ -92,8 +117,10 @@ def _read(path: Path, _changed: int) -> Profile:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         rows = {name: tuple(tuple(map(float, row)) for row in values[name]) for name in ("read", "written")}
-        return Profile(str(values["model"]), str(values["shape"]), **rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = Profile(str(values["model"]), str(values["shape"]), **rows, queries=str(values.get("queries", "")))
+        found.moments()
+        return found
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"the profile {path} cannot be read", "type: auvsum calibrate, or delete it") from error
 
 

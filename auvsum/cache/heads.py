@@ -17,6 +17,7 @@ of its write regions together, T tokens that arrive (one in decoding).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from auvsum.cache.cache import UncountedLayer, reading
-from auvsum.cache.codec import Codec, make_codec
+from auvsum.cache.codec import Codec, EvenCodec, Metric, Tiers, make_codec
 from auvsum.cache.head_profiles import find_profile
 from auvsum.cache.policies.auv_look import AUVLook, bits_of_the_newest
-from auvsum.cache.ragged import Slots, Writing
+from auvsum.cache.ragged import AAS_MOST, AAS_UNITS, Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.errors import PolicyError
@@ -51,21 +52,29 @@ class Open:
 
 @dataclass
 class _Seen:
-    """Attention that queries behind an open row paid to its tokens, to the policy's power: sums `[G, n]`, and how many
-    queries they were."""
+    """Attention that queries behind an open row paid to its tokens, to the policy's power: sums `[G, n]`, how many
+    queries they were, and the sum of their own second moments `[G, D, D]`."""
 
     total: Tensor
+    moments: Tensor
     queries: int = 0
 
 
 @dataclass
 class Look:
     """What a second look found, for one prompt: attention to the policy's power, mean a query `[layers, G, n]`, or None
-    where there was none. Shared by rows that read the same prompt."""
+    where there was none; and second moments of the queries `[layers, G, D, D]`. Shared by rows that read the same
+    prompt."""
 
     looked: Tensor | None
     drafted: Tensor | None
     asked: Tensor | None = None
+    moments: Tensor | None = None
+
+    @functools.cached_property
+    def metrics(self) -> list[Metric] | None:
+        """By what the bits of the prompt's keys are chosen, for each layer."""
+        return None if self.moments is None else [Metric(moments) for moments in self.moments]
 
 
 class HeadsLayer(UncountedLayer):
@@ -80,6 +89,11 @@ class HeadsLayer(UncountedLayer):
         self.number, self.layers = place
         #: What its tokens are worth, those of the prompt and written ones, `[G, 2]`; None for all the same.
         self.factors: Tensor | None = None
+        #: By what the bits of written tokens' keys are chosen, for the heads of all layers; None for each channel by
+        #: itself.
+        self.metric: Metric | None = None
+        #: Layers that have to make room in this step, all layers' list.
+        self.full: list[HeadsLayer] = []
         #: A prompt that is held whole; a settled row that has not written yet; all rows that write, and which they are.
         self.rows: list[Open | None] = [None] * len(writing.active)
         self.loose: dict[int, Slots] = {}
@@ -92,7 +106,9 @@ class HeadsLayer(UncountedLayer):
         #: How many of an open row's tokens stand before those that look.
         self.before: int | None = None
         #: Of candidates, and of the newest tokens.
-        self.codec = self.write_codec = Codec(torch.float32)
+        self.codec, self.write_codec = Tiers(Codec(torch.float32), None), Codec(torch.float32)
+        #: Of a slot in either tier.
+        self.slot_bytes = (0, 0)
         #: For measurements of quality alone: a step need not unpack what has not changed, at the price of its memory.
         self.keeps_unpacked = False
         self.transient = 0
@@ -100,7 +116,11 @@ class HeadsLayer(UncountedLayer):
     # -- transformers' side -------------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.codec = make_codec(key_states.dtype, self.bits)
+        size, element = key_states.shape[-1], key_states.element_size()
+        self.slot_bytes = self.policy.slot_bytes(size, element, self.bits)
+        rest = self.policy.coarse_bits(size, self.bits)
+        coarse = None if rest is None else EvenCodec(key_states.dtype, rest)
+        self.codec = Tiers(make_codec(key_states.dtype, self.bits), coarse)
         self.write_codec = make_codec(key_states.dtype, bits_of_the_newest(self.bits))
         self.is_initialized = True
 
@@ -137,7 +157,9 @@ class HeadsLayer(UncountedLayer):
             return self._look(self.looks, self.row, query, key, value, scale)
         if self.row is not None and not self.writing.width[self.row]:
             return self._read(self.row, query, key, value, scale)
+        full = self.full
         if self.number == 0:
+            full.clear()
             self._plan(query.shape[2], query.device)
         rows = self.writing.rows
         if self.members != rows:
@@ -149,6 +171,9 @@ class HeadsLayer(UncountedLayer):
             if rows:
                 out[rows] = self._step(query[rows], key[rows], value[rows], scale)
         if self.number == self.layers - 1:
+            if full:
+                _make_room(full)
+            full.clear()
             self.writing.finish()
         return out
 
@@ -216,6 +241,8 @@ class HeadsLayer(UncountedLayer):
             paid = attention.column_sums(power=power)
             self.transient = max(self.transient, key.nbytes + value.nbytes)
         seen.total += paid[:, :size]
+        asked = query[0].float().reshape(key.shape[1], -1, query.shape[-1])
+        seen.moments += asked.mT @ asked
         seen.queries += query.shape[2]
         return out.transpose(1, 2)
 
@@ -234,24 +261,25 @@ class HeadsLayer(UncountedLayer):
             for memory in (held.write_keys, held.write_values)
         )
         asked = query.reshape(rows, groups, -1, size)  # a group's query heads after each other, T tokens each
-        logits = torch.cat([codec.turn(asked) @ keys.mT, newest.turn(asked) @ own_key.mT], -1).float()
+        logits = torch.cat([codec.fine.turn(asked) @ keys.mT, newest.turn(asked) @ own_key.mT], -1).float()
         logits[..., :longest].masked_fill_(padding[:, :, None], -torch.inf)
         if writing.later is not None:
             own = logits.view(rows, groups, -1, tokens, logits.shape[-1])[..., longest:]
             own.masked_fill_(writing.later[:, None, None], -torch.inf)
         probabilities = logits.mul_(scale).softmax(-1)
         spread = probabilities.to(values.dtype)
-        out = codec.turn_back(spread[..., :longest] @ values) + newest.turn_back(spread[..., longest:] @ own_value)
+        out = codec.fine.turn_back(spread[..., :longest] @ values) + newest.turn_back(spread[..., longest:] @ own_value)
         paid = probabilities.pow_(self.policy.power).sum(2).div_(heads // groups)
         # Padding points at some slot and adds nothing to it: its probability is 0.
-        held.aas.index_add_(0, index.view(-1), paid[..., :longest].reshape(-1))
+        new = paid[..., :longest].reshape(-1).mul_(AAS_UNITS).to(held.aas.dtype)
+        held.aas.index_add_(0, index.view(-1), new).clamp_(max=AAS_MOST)
         own_paid = paid[..., longest:].transpose(1, 2).reshape(-1, groups)
         if isinstance(writing.region, slice):
             held.write_aas[writing.region] += own_paid
         else:
             held.write_aas.index_add_(0, writing.region.view(-1), own_paid)
         if writing.due:
-            self._make_room(held)
+            self.full.append(self)
         return out.view(rows, heads, tokens, size).transpose(1, 2)
 
     def _candidates(self, held: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -259,7 +287,8 @@ class HeadsLayer(UncountedLayer):
         if held.unpacked is not None:
             return held.unpacked
         index, padding = held.padded()
-        keys, values = (self.codec.unpack([part[index] for part in kept]) for kept in (held.keys, held.values))
+        fine = held.fine
+        keys, values = (self.codec.unpack(kept, fine, index) for kept in (held.keys, held.values))
         found = keys, values, index, padding
         if self.keeps_unpacked:
             held.unpacked = found
@@ -268,90 +297,117 @@ class HeadsLayer(UncountedLayer):
     # -- eviction -----------------------------------------------------------------------------------------------------
 
     def keep(
-        self, row: int, head: Tensor, position: Tensor, counts: Sequence[int], score: Tensor, room: int, write: int
+        self,
+        row: int,
+        head: Tensor,
+        position: Tensor,
+        fine: Tensor,
+        counts: Sequence[int],
+        score: Tensor,
+        metric: Metric | None,
+        room: int,
+        write: int,
     ) -> None:
         """Frees all of an open row but these tokens; their scores start the sums.
 
         Args:
-            head, position: int64 `[N]`, in order of both. counts: tokens of each head. score: `[G, n]`.
-            room: candidates that the layer may hold from now on. write: tokens of the write region.
+            head, position: int64 `[N]`, in order of both. fine: which go into the finer codec, bool `[N]`.
+            counts: tokens of each head. score: `[G, n]`. metric: of the keys.
+            room: bytes that the layer's candidates may take from now on. write: tokens of the write region.
         """
         open_ = self.rows[row]
         assert open_ is not None
         groups, size = score.shape[0], open_.key.shape[-1]
+        aas = score[head, position].float().pow(self.policy.power) * (self.policy.prior * AAS_UNITS)
         self.rows[row] = None
         self.loose[row] = Slots(
-            keys=self.codec.pack(open_.key[head, position]),
-            values=self.codec.pack(open_.value[head, position]),
-            positions=position.to(torch.int32),
-            aas=(score[head, position].pow(self.policy.power) * self.policy.prior).float(),
+            keys=self.codec.pack(open_.key[head, position], fine, head, metric),
+            values=self.codec.pack(open_.value[head, position], fine),
+            words=(position * 2 + fine).to(torch.int32),
+            aas=aas.clamp_(max=AAS_MOST).half(),
             starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
             write_keys=self.write_codec.allocate((write, groups), size, head.device),
             write_values=self.write_codec.allocate((write, groups), size, head.device),
             write_aas=torch.zeros((write, groups), dtype=torch.float32, device=head.device),
             sizes=[sum(counts)],
+            fines=[int(fine.sum())],
             longest=[max(counts)],
             room=[room],
             widths=[write],
+            parts=self.codec.parts,
         )
 
-    def _make_room(self, held: Slots) -> None:
-        """Multi-step eviction: the older half of a full write region competes with the candidates of all heads."""
+    def make_room(self, new_keys: list[Tensor], new_values: list[Tensor], norms: Tensor | None) -> None:
+        """Multi-step eviction: the older half of a full write region competes with the candidates of all heads.
+
+        Args:
+            new_keys, new_values: what leaves the write regions, as `Tiers.both` has it. norms: of those values.
+        """
+        held = self.held
+        assert held is not None
         writing, groups, device = self.writing, held.groups, held.aas.device
-        count, bounds = held.positions.shape[0], held.bounds()
-        rows = len(held.sizes)
+        count, rows = held.words.shape[0], len(held.sizes)
         old = torch.arange(rows * groups, device=device).repeat_interleave(held.starts.diff(), output_size=count)
         fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
         head = torch.cat([old, fresh.view(-1)])
         position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
-        aas = torch.cat([held.aas, held.write_aas[writing.flush].view(-1)])
+        sums = (held.write_aas[writing.flush] * AAS_UNITS).clamp_(max=AAS_MOST).to(held.aas.dtype)
+        aas = torch.cat([held.aas, sums.view(-1)])
         # The oldest token of each head stays: no head may be empty.
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
         oldest[0].fill_(True)
-        flushed = (
-            self.write_codec.decode(x, writing.flush).flatten(0, 1) for x in (held.write_keys, held.write_values)
-        )
+        score = self._scores(head, position, aas)
+        if norms is not None:
+            score *= torch.cat([self.codec.unpack(held.values, held.fine).float().norm(dim=-1), norms])
+        # Row after row, in each the best first; on a tie the later one, so that the older goes.
+        order = len(head) - 1 - score.masked_fill_(oldest, torch.inf).flip(0).argsort(descending=True, stable=True)
+        if rows > 1:
+            order = order[(head[order] // groups).argsort(stable=True)]
+        owner = head[order] // groups
+        leaving = torch.tensor([writing.due.get(row, 0) for row in range(rows)], device=device) * groups
+        size = held.starts[groups::groups] - held.starts[:-1:groups]
+        begin = (size + leaving).cumsum(0) - (size + leaving)
+        fine = torch.ones_like(oldest)
+        fine[:count] = held.fine
+        if self.codec.coarse is not None:
+            rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=device) - begin[owner])
+            fine[count:] = (rank < self.policy.fine * size[head // groups])[count:]
         keys, values = (
-            [torch.cat(parts) for parts in zip(kept, self.codec.pack(new), strict=True)]
-            for kept, new in zip((held.keys, held.values), flushed, strict=True)
+            self.codec.added(kept, new, fine[count:])
+            for kept, new in ((held.keys, new_keys), (held.values, new_values))
         )
-        every = torch.arange(head.shape[0], device=device)
-        rivals = torch.cat([every[slice(*bounds[row])] for row in writing.due] + [every[count:]])
-        score = self._scores(head[rivals], position[rivals], aas[rivals], [x[rivals] for x in values])
-        score.masked_fill_(oldest[rivals], torch.inf)
-        order = score.argsort(descending=True)
-        if len(writing.due) > 1:  # row after row, in each the best first
-            order = order[(head[rivals[order]] // groups).argsort(stable=True)]
-        sizes = [held.sizes[row] + leaving * groups for row, leaving in writing.due.items()]
-        kept = [min(held.room[row], size) for row, size in zip(writing.due, sizes, strict=True)]
-        best = rivals[torch.cat([part[:most] for part, most in zip(torch.split(order, sizes), kept, strict=True)])]
-        best = best[(head[best] * (1 << 40) + position[best]).argsort()]
-        chosen = dict(zip(writing.due, torch.split(best, kept), strict=True))
-        order = torch.cat([chosen.get(row, every[slice(*bounds[row])]) for row in range(rows)])
-        held.keys, held.values = [x[order] for x in keys], [x[order] for x in values]
-        held.positions, held.aas = position[order], aas[order]
-        held.sizes = [len(chosen[row]) if row in chosen else size for row, size in enumerate(held.sizes)]
-        counts = torch.bincount(head[order], minlength=rows * groups)
+        # A row keeps its best for as long as their bytes last; one that has no new tokens keeps all.
+        spent = torch.where(fine[order], *self.slot_bytes).cumsum(0)
+        before = torch.cat([spent.new_zeros(1), spent[begin[1:] - 1]])
+        best = order[spent - before[owner] <= torch.tensor(held.room, device=device)[owner]]
+        words = position * 2 + fine
+        best = best[(head[best] * (1 << 40) + words[best]).argsort()]
+        held.keys, held.values = (self.codec.select(x, fine, best) for x in (keys, values))
+        held.words, held.aas = words[best], aas[best]
+        counts = torch.bincount(head[best], minlength=rows * groups)
         held.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        held.longest = counts.view(rows, groups).amax(1).tolist()
+        fines = torch.bincount(head[best] // groups, weights=fine[best].double(), minlength=rows)
+        counts = counts.view(rows, groups)
+        found = torch.stack([counts.sum(1), fines.long(), counts.amax(1)]).tolist()
+        held.sizes, held.fines, held.longest = found
         held.write_keys, held.write_values = (
             [x[writing.shift] for x in kept] for kept in (held.write_keys, held.write_values)
         )
         held.write_aas = held.write_aas[writing.shift].masked_fill_(writing.emptied[:, None], 0)
         held.unpacked = None
 
-    def _scores(self, head: Tensor, position: Tensor, aas: Tensor, values: list[Tensor]) -> Tensor:
+    def _scores(self, head: Tensor, position: Tensor, aas: Tensor) -> Tensor:
         """By which tokens compete: the attention paid to each, a query that could pay it."""
         assert self.held is not None
         groups = self.held.groups
         prompt, since, end = self.writing.reach[:, head // groups]
         read = position < prompt
-        score = (aas / torch.where(read, self.policy.prior + since, end - position)).pow(1 / self.policy.power)
+        score = (aas.float() / torch.where(read, self.policy.prior + since, end - position)).pow(1 / self.policy.power)
         if self.factors is not None:
             self.factors = self.factors.to(score.device)
             score *= self.factors[head % groups, (~read).long()]
-        return score * self.codec.unpack(values).float().norm(dim=-1) if self.policy.value_norm else score
+        return score
 
     # -- looking in from outside --------------------------------------------------------------------------------------
 
@@ -405,6 +461,31 @@ class HeadsLayer(UncountedLayer):
         return own + list(range(writing.first[row], writing.first[row] + writing.written[row]))
 
 
+def _make_room(layers: Sequence[HeadsLayer]) -> None:
+    """What leaves the layers' write regions goes into slots; its codes are chosen for all layers together."""
+    writing, codec, policy = layers[0].writing, layers[0].codec, layers[0].policy
+    held = [layer.held for layer in layers]
+    leaving = []
+    for memories in ([one.write_keys for one in held if one], [one.write_values for one in held if one]):
+        parts = [torch.cat([part[writing.flush] for part in tensors]) for tensors in zip(*memories, strict=True)]
+        leaving.append(layers[0].write_codec.decode(parts).flatten(0, 1))
+    keys, values = leaving
+    groups = layers[0].heads
+    count = len(writing.flush) * groups
+    numbers = torch.tensor([layer.number for layer in layers], device=keys.device)
+    head = torch.arange(groups, device=keys.device).repeat(len(writing.flush))
+    head = (numbers[:, None] * groups + head).view(-1)
+    metric = layers[0].metric
+    packed_keys = codec.both(keys, head, None if metric is None else metric.to(keys.device))
+    packed_values = codec.both(values, head, None)
+    norms = values.float().norm(dim=-1) if policy.value_norm else None
+    for number, layer in enumerate(layers):
+        own = slice(number * count, (number + 1) * count)
+        layer.make_room(
+            [x[own] for x in packed_keys], [x[own] for x in packed_values], None if norms is None else norms[own]
+        )
+
+
 class HeadsCache(Cache):  # type: ignore[misc]
     """A cache for policies that give every head its own number of slots.
 
@@ -435,10 +516,14 @@ class HeadsCache(Cache):  # type: ignore[misc]
         profile = find_profile(config) if policy.profile else None
         #: What tokens of each head are worth, the prompt's and written ones, `[layers, G, 2]`; None for all the same.
         self.factors = None if profile is None else profile.factors()
+        moments = None if profile is None or bits != 4 else profile.moments()
+        metric = None if moments is None else Metric(moments.flatten(0, 1))
+        full: list[HeadsLayer] = []
         count = len(windows)
         super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
         for layer in self.layers:
             layer.factors = None if self.factors is None else self.factors[layer.number]
+            layer.metric, layer.full = metric, full
 
     # -- one prompt ---------------------------------------------------------------------------------------------------
 
@@ -494,7 +579,9 @@ class HeadsCache(Cache):  # type: ignore[misc]
             held = layer.rows[row]
             assert isinstance(held, Open)
             layer.row, layer.before = row, before
-            layer.looks = _Seen(torch.zeros(held.key.shape[:2], dtype=torch.float32, device=held.key.device))
+            groups, tokens, size = held.key.shape
+            totals = (torch.zeros(groups, width, device=held.key.device) for width in (tokens, size * size))
+            layer.looks = _Seen(next(totals), next(totals).view(groups, size, size))
             layer.draft = Open(held.key[:, :0], held.value[:, :0]) if drafts else None
             found.append(layer.looks)
         try:
@@ -516,9 +603,13 @@ class HeadsCache(Cache):  # type: ignore[misc]
         self._note_peak(row)
         first = self.layers[0].rows[row]
         assert first is not None
-        groups, tokens, _ = first.key.shape
+        groups, tokens, size = first.key.shape
         room, write = self.regions(row)
         layers = len(self.layers)
+        heads = layers * groups
+        dear, cheap = self.layers[0].slot_bytes
+        # In more bits what is left to gain is not worth the time.
+        metrics: Sequence[Metric | None] = (look.metrics if look and self.bits == 4 else None) or [None] * layers
         if look is None:
             if room < tokens:
                 raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")
@@ -533,12 +624,21 @@ class HeadsCache(Cache):  # type: ignore[misc]
         # The first token stays in every head: it takes the attention that a query has no use for.
         ranking = ranking.clone()
         ranking[..., 0] = torch.inf
-        best = ranking.flatten().topk(min(room, tokens) * layers * groups).indices.sort().values
-        counts = torch.bincount(best // tokens, minlength=layers * groups).view(layers, groups).tolist()
+        count, better = self.policy.tiers(
+            room * heads, tokens * heads, head_dim=size, element_bytes=first.key.element_size(), bits=self.bits
+        )
+        best = ranking.flatten().topk(count).indices
+        best, order = best.sort()
+        fine = order < better  # topk gives the best first
+        counts = torch.bincount(best // tokens, minlength=heads).view(layers, groups).tolist()
         head, position = best // tokens % groups, best % tokens
         shares = [sum(own) for own in counts]
-        for layer, *own in zip(self.layers, head.split(shares), position.split(shares), counts, score, strict=True):
-            layer.keep(row, *own, sum(own[2]) if room < tokens else room * groups, write)
+        parts = (part.split(shares) for part in (head, position, fine))
+        for layer, *own, per_head, scored, metric in zip(self.layers, *parts, counts, score, metrics, strict=True):
+            held = dear * room * groups
+            if count < tokens * heads:
+                held = cheap * len(own[2]) + (dear - cheap) * int(own[2].sum())
+            layer.keep(row, *own, per_head, scored, metric, held, write)
         self.writing.start(row, write, tokens)
 
     def copy_rows(self, count: int) -> None:
@@ -627,6 +727,7 @@ def second_look(
         return logits
 
     looked = drafted = asked = None
+    moments = []
     again = policy.tokens_to_look_with(ids[document[0] : document[1]])
 
     def draw(token: int, position: int) -> int:
@@ -641,6 +742,7 @@ def second_look(
             for start in range(0, len(again), chunk):
                 see(again[start : start + chunk], tokens)
         looked = torch.stack([layer.total / layer.queries for layer in seen])
+        moments.append(torch.stack([layer.moments / layer.queries for layer in seen]))
     draft = policy.draft if limit is None else min(policy.draft, limit - tokens)
     if first is not None and draft > 0:
         with cache.looking(row, drafts=True) as seen:
@@ -648,6 +750,7 @@ def second_look(
             for place in range(draft):
                 token = draw(token, tokens + place)
         drafted = torch.stack([layer.total / layer.queries for layer in seen])
+        moments.append(torch.stack([layer.moments / layer.queries for layer in seen]))
     tail = ids[max(document[1], tokens - _LOOK_CHUNK) :]
     if policy.ask and tail and len(tail) < tokens:
         with cache.looking(row, before=tokens - len(tail)) as seen:
@@ -658,7 +761,7 @@ def second_look(
             f"the prompt of {tokens:,} tokens leaves the model no positions to look at it again",
             "use --policy auv, or a shorter document",
         )
-    return Look(looked, drafted, asked)
+    return Look(looked, drafted, asked, torch.stack(moments).mean(0) if moments else None)
 
 
 def _mean(slots: int | Sequence[int]) -> int:

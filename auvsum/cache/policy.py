@@ -35,8 +35,9 @@ class Policy(abc.ABC):
     paper: ClassVar[str]
     #: Where it evicts, for `auvsum policies`.
     evicts: ClassVar[str]
-    #: Names of its fp32 values per slot.
+    #: Names of its values per slot, and bytes of each.
     state: ClassVar[tuple[str, ...]] = ()
+    state_element: ClassVar[int] = 4
     #: The state by which evicted tokens are weighted in the reconstructed K(V), where there is one.
     folds_by: ClassVar[str] = ""
     #: Whether a prompt may be read in chunks; False when the choice needs the prompt's last queries.
@@ -82,7 +83,7 @@ class Policy(abc.ABC):
     def slot_cost(self, *, kv_heads: int, head_dim: int, element_bytes: int, bits: int = 16) -> SlotCost:
         """What its store allocates in one layer for one sequence (`SlotStore` allocates exactly this)."""
         vector = vector_bytes(head_dim, element_bytes, bits)
-        per_slot = kv_heads * (2 * vector + 4 * len(self.state) + _SLOT_BYTES)
+        per_slot = kv_heads * (2 * vector + self.state_element * len(self.state) + _SLOT_BYTES)
         fixed = _ROW_BYTES + _HEAD_BYTES * kv_heads
         if self.keeps_reconstructed:
             fixed += kv_heads * (2 * head_dim + 1) * 4

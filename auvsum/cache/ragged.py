@@ -17,69 +17,99 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+#: In how small units sums of attention are kept: fp16 has 11 bits from 6e-5 to 65504, and what matters is small.
+AAS_UNITS = 256
+#: The most that a sum is taken for.
+AAS_MOST = 65504
+
 
 @dataclass
 class Slots:
     """The candidates and write regions of M rows in one layer: row after row, in a row head after head.
 
     Attributes:
-        keys, values: as the codec keeps them, first dimension N. positions: int32 `[N]`.
-        aas: attention paid to each, summed, fp32 `[N]`. starts: where each head's begin, and N: int64 `[M * G + 1]`.
+        keys, values: as `Tiers` keeps them, N vectors. words: twice a token's position, one more if it is in the finer
+            codec, int32 `[N]`. aas: attention paid to each, summed, in units of 1/`AAS_UNITS`, fp16 `[N]`.
+        starts: where each head's begin, and N: int64 `[M * G + 1]`.
         write_keys, write_values: the rows' write regions, as the codec keeps them, first dimensions `[V, G]`.
         write_aas: fp32 `[V, G]`.
-        sizes, longest, room: for each row its candidates, the most of a head, and how many there may be.
+        sizes, fines, longest, room: for each row its candidates, those in the finer codec, the most of a head, and the
+            bytes that all of them may take.
         widths: tokens of each row's write region, V together.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    positions: Tensor
+    words: Tensor
     aas: Tensor
     starts: Tensor
     write_keys: list[Tensor]
     write_values: list[Tensor]
     write_aas: Tensor
     sizes: list[int]
+    fines: list[int]
     longest: list[int]
     room: list[int]
     widths: list[int]
+    #: How many of the tensors of `keys` are the finer codec's.
+    parts: int
     unpacked: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the tokens, int32 `[N]`."""
+        return self.words >> 1
+
+    @property
+    def fine(self) -> Tensor:
+        """Which are in the finer codec, bool `[N]`."""
+        return (self.words & 1).bool()
 
     @property
     def groups(self) -> int:
         """KV heads."""
         return self.write_aas.shape[1]
 
-    def bounds(self) -> list[tuple[int, int]]:
-        """First candidate and end of each row."""
-        ends = list(accumulate(self.sizes))
-        return [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
-
     def row_bytes(self, row: int) -> int:
         """A row's part of the memory."""
-        slot = sum(x.nbytes for x in (*self.keys, *self.values, self.positions, self.aas)) // self.positions.shape[0]
+        slots = (*self.keys, *self.values, self.words, self.aas)
         written = (*self.write_keys, *self.write_values, self.write_aas)
         write = sum(x.nbytes for x in written) // self.write_aas.shape[0]
-        return slot * self.sizes[row] + write * self.widths[row] + self.starts.element_size() * (self.groups + 1)
+        held = sum(x[part].nbytes for x, part in zip(slots, self._parts(row), strict=True))
+        return held + write * self.widths[row] + self.starts.element_size() * (self.groups + 1)
+
+    def _parts(self, row: int) -> list[slice]:
+        """Where a row's slots lie in each of keys and values, and in the words and sums."""
+        ends = [sum(self.sizes[: row + more]) for more in (0, 1)]
+        fine = [sum(self.fines[: row + more]) for more in (0, 1)]
+        coarse = slice(ends[0] - fine[0], ends[1] - fine[1])
+        # Tensors of the finer codec come first; where there is one codec alone, all slots are in it.
+        found = [slice(*fine) if number < self.parts else coarse for number in range(len(self.keys))]
+        return [*found, *found, slice(*ends), slice(*ends)]
 
     def cut(self, row: int) -> Slots:
         """One row of it, in the same memory."""
-        start, end = self.bounds()[row]
-        first, groups = sum(self.widths[:row]), self.groups
+        start, groups = sum(self.sizes[:row]), self.groups
+        first = sum(self.widths[:row])
         written = slice(first, first + self.widths[row])
+        slots = (*self.keys, *self.values, self.words, self.aas)
+        own = [x[part] for x, part in zip(slots, self._parts(row), strict=True)]
+        count = len(self.keys)
         return Slots(
-            keys=[x[start:end] for x in self.keys],
-            values=[x[start:end] for x in self.values],
-            positions=self.positions[start:end],
-            aas=self.aas[start:end],
+            keys=own[:count],
+            values=own[count : 2 * count],
+            words=own[-2],
+            aas=own[-1],
             starts=self.starts[row * groups : (row + 1) * groups + 1] - start,
             write_keys=[x[written] for x in self.write_keys],
             write_values=[x[written] for x in self.write_values],
             write_aas=self.write_aas[written],
             sizes=[self.sizes[row]],
+            fines=[self.fines[row]],
             longest=[self.longest[row]],
             room=[self.room[row]],
             widths=[self.widths[row]],
+            parts=self.parts,
         )
 
     @staticmethod
@@ -91,23 +121,25 @@ class Slots:
         return Slots(
             keys=[torch.cat(parts) for parts in zip(*(row.keys for row in rows), strict=True)],
             values=[torch.cat(parts) for parts in zip(*(row.values for row in rows), strict=True)],
-            positions=torch.cat([row.positions for row in rows]),
+            words=torch.cat([row.words for row in rows]),
             aas=torch.cat([row.aas for row in rows]),
             starts=torch.cat(starts),
             write_keys=[torch.cat(parts) for parts in zip(*(row.write_keys for row in rows), strict=True)],
             write_values=[torch.cat(parts) for parts in zip(*(row.write_values for row in rows), strict=True)],
             write_aas=torch.cat([row.write_aas for row in rows]),
             sizes=[row.sizes[0] for row in rows],
+            fines=[row.fines[0] for row in rows],
             longest=[row.longest[0] for row in rows],
             room=[row.room[0] for row in rows],
             widths=[row.widths[0] for row in rows],
+            parts=rows[0].parts,
         )
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Which slots each head has, as `[M, G, longest]` indices, and which of them are only padding."""
         begin = self.starts[:-1].view(-1, self.groups, 1)
         steps = torch.arange(max(self.longest), device=begin.device)
-        index = (begin + steps).clamp_(max=self.positions.shape[0] - 1)
+        index = (begin + steps).clamp_(max=self.words.shape[0] - 1)
         return index, steps >= self.starts.diff().view_as(begin)
 
 

@@ -59,7 +59,7 @@ def _record(policy: type[Policy], aliases: list[str]) -> dict[str, Any]:
         "paper": policy.paper,
         "evicts": policy.evicts,
         "least_slots": chosen.least_slots,
-        "state_bytes_per_slot": 4 * len(chosen.state),
+        "state_bytes_per_slot": policy.state_element * len(chosen.state),
         "streams": policy.streams,
         "one_set_per_layer": policy.one_set,
     }

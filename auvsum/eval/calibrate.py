@@ -4,6 +4,7 @@ For every document the full cache writes its greedy summary. Then the summary is
 lets through: `auv-look`'s scores times the factors go through gates that let as many tokens pass as the budget has
 slots, softly at first and harder as it goes on, and the factors follow the gradient of the nats lost. The summary's own
 tokens compete, too, once they have left the write region. Nothing but two numbers a head is learned: 180 for 90 heads.
+Beside them the profile tells in which directions each head's queries lie, by which the bits of written keys are chosen.
 
 Shapes: L layers, G KV heads, H query heads, D head size, n prompt tokens, T summary tokens, B budgets.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from auvsum.cache.codec import vector_bytes
-from auvsum.cache.head_profiles import Profile, shape_of
+from auvsum.cache.head_profiles import Profile, few_directions, shape_of
 from auvsum.cache.heads import HeadsCache, second_look
 from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.engine.models import LoadedModel
@@ -47,6 +48,7 @@ class Lesson:
         summary: token ids, its first one included. key, value: `[L, G, n, D]`. read: scores `[L, G, n]`.
         written: scores of the summary's tokens but the last, `[L, G, T - 1]`, on the same scale.
         nats: of the summary's tokens from the second on, with the full cache: fp32 `[T - 1]`.
+        moments: of the queries of a second look, `[L, G, D, D]`; None for unknown.
     """
 
     ids: list[int]
@@ -56,6 +58,7 @@ class Lesson:
     read: Tensor
     written: Tensor
     nats: Tensor
+    moments: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,9 @@ class Calibration:
             self.progress(f"{epoch + 1}/{epochs} times read: {statistics.fmean(losses):.3f} nats a token lost")
         learned = factors.detach()
         read, written = (tuple(tuple(row) for row in learned[..., i].tolist()) for i in (0, 1))
-        profile = Profile(self.loaded.name, shape_of(self.model.config), read, written)
+        moments = [lesson.moments for lesson in seen if lesson.moments is not None]
+        queries = few_directions(torch.stack(moments).mean(0)) if moments else ""
+        profile = Profile(self.loaded.name, shape_of(self.model.config), read, written, queries)
         return Calibrated(profile, len(lessons), len(unseen), before, self._judge(unseen, learned))
 
     # -- lessons ------------------------------------------------------------------------------------------------------
@@ -156,7 +161,7 @@ class Calibration:
                       (layer.rows[0] for layer in cache.layers)), strict=True))  # fmt: skip
         read = policy.blend(look.looked, drafted, look.asked)
         none = torch.zeros(0)
-        lesson = Lesson(list(ids), summary, key, value, read, none, none)
+        lesson = Lesson(list(ids), summary, key, value, read, none, none, look.moments)
         self._paid = []
         lesson.nats = self._read(lesson, None, 1)[0]
         lesson.written = torch.stack(self._paid)
@@ -224,9 +229,11 @@ class Calibration:
     def _slots(self, lesson: Lesson, share: float) -> int:
         """Slots a head, on average, that are not the write region's."""
         size, element = lesson.key.shape[-1], lesson.key.element_size()
-        cost = self.policy.slot_cost(kv_heads=1, head_dim=size, element_bytes=element, bits=_BITS)
         whole = len(lesson.ids) * 2 * vector_bytes(size, element, 16)
-        return max(1, int(share * whole / cost.per_slot) - _WRITE)
+        slot, _ = self.policy.slot_bytes(size, element, _BITS)
+        slots = int(share * whole / slot) - _WRITE
+        every = len(lesson.ids) + len(lesson.summary)
+        return max(1, self.policy.tiers(slots, every, head_dim=size, element_bytes=element, bits=_BITS)[0])
 
     @torch.no_grad()
     def _judge(self, lessons: Sequence[Lesson], factors: Tensor) -> float:

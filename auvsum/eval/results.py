@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from auvsum.errors import RunError
+from auvsum.eval.metrics import paired
 from auvsum.eval.runs import Run
 from auvsum.eval.score import more_than_its_budget
 from auvsum.eval.tables import cells_of, heads, markdown_table, merge
@@ -176,12 +177,22 @@ def _beside(peer: dict[str, Any], metrics: dict[str, Any]) -> str:
         for name, row in metrics["rows"].items()
         if row["budget"] in budgets and "nats" in row["documents"]
     ]
-    table = []
+    table, nats = [], {}
     for name, values, places in named:
         scores = [[values[metric][place] for place in places] for metric in ("agreement", "nats")]
         if all(None not in known for known in scores):
             table.append((fmean(scores[1]), name, fmean(scores[0])))
-    return "\n".join(lines + [f"| {name} | {agree:.3f} | {nats:.3f} |" for nats, name, agree in sorted(table)]) + "\n"
+            nats[name] = scores[1]
+    rows = [f"| {name} | {agree:.3f} | {lost:.3f} |" for lost, name, agree in sorted(table)]
+    said = [
+        f"{mine} less {theirs}, nats a token: {difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]."
+        for mine in nats
+        if mine.startswith("auv-look ")
+        for theirs in nats
+        if theirs.startswith("kvpress ")
+        for difference in [paired(nats[mine], nats[theirs])]
+    ]
+    return "\n".join([*lines, *rows]) + "\n" + ("\n" + "\n".join(said) + "\n" if said else "")
 
 
 def sentences(metrics: dict[str, Any]) -> list[str]:
@@ -191,6 +202,7 @@ def sentences(metrics: dict[str, Any]) -> list[str]:
     peers = ("h2o", "snapkv", "pyramidkv", "tova", "nacl", "streaming", "auv")
     said += [_claim(metrics, "auv-look", other) for other in peers]
     said.append(_quality(rows, "bertscore", "BERTScore") or _quality(rows, "rouge1", "ROUGE-1"))
+    said += [_level(metrics, metric, label) for metric, label in (("rouge1", "ROUGE-1"), ("bertscore", "BERTScore"))]
     said.append(_truncation(metrics))
     found = [sentence for sentence in said if sentence]
     return found or ["No policy of the paper was measured here."]
@@ -268,6 +280,39 @@ def _quality(rows: dict[str, Any], metric: str, label: str) -> str:
         f"words (LexRank {central['mean']:.1f})"
         + ("." if more == "more than" else ": here this metric does not measure what a cache is worth.")
     )
+
+
+def _level(metrics: dict[str, Any], metric: str, label: str) -> str:
+    """Whether `auv-look`'s summaries are as good as the full cache's, up to a point, and better than the truncated
+    prompt's."""
+    said = []
+    for pair in metrics["paired"]:
+        first, second = (metrics["rows"][pair[side]] for side in ("first", "second"))
+        policies = {first["policy"], second["policy"]}
+        if (
+            pair["metric"] != metric
+            or "auv-look" not in policies
+            or not {first["kind"], second["kind"]} & {"full", "cut"}
+        ):
+            continue
+        sign = 1 if first["policy"] == "auv-look" else -1
+        low, high = sorted((sign * pair["low"], sign * pair["high"]))
+        full = "full" in (first["kind"], second["kind"])
+        verdict = (
+            (
+                "within a point"
+                if low > -1
+                else "not certain to be within a point"
+                if high > -1
+                else "more than a point off"
+            )
+            if full
+            else ("above" if low > 0 else "below" if high < 0 else "not told apart")
+        )
+        other = "the full cache" if full else "the truncated prompt"
+        budget = (second if sign < 0 else first)["budget"]
+        said.append(f"{other} at {budget}: {sign * pair['mean']:+.1f} [{low:+.1f}, {high:+.1f}], {verdict}")
+    return f"{label} of auv-look against {'; '.join(said)}." if said else ""
 
 
 def _truncation(metrics: dict[str, Any]) -> str:

@@ -145,14 +145,18 @@ class _Table:
 
 
 def _pairs(rows: dict[str, Any]) -> list[dict[str, Any]]:
-    """Differences between the policies of one budget, over the documents that both have."""
+    """Differences between the policies of one budget, and in quality from the full cache, over the documents that both
+    have."""
     found = []
-    names = [name for name, row in rows.items() if row["kind"] in ("cache", "cut")]
+    names = [name for name, row in rows.items() if row["kind"] in ("full", "cache", "cut")]
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            if not _comparable(rows[first], rows[second]):
+            whole = rows[first]["kind"] == "full"
+            if not whole and not _comparable(rows[first], rows[second]):
                 continue
             for metric in PAIRED:
+                if whole and metric in FIDELITY:
+                    continue
                 values = (rows[name]["documents"].get(metric) for name in (first, second))
                 both = [(a, b) for a, b in zip(*(v or () for v in values), strict=False) if None not in (a, b)]
                 if both:

@@ -242,6 +242,16 @@ def test_kvpress_is_shown_beside_the_run_of_its_documents(cli: Cli, done: Path, 
     own = metrics["rows"]["h2o @ 24"]["documents"]
     agree, nats = ((own[metric][1] + own[metric][3]) / 2 for metric in ("agreement", "nats"))
     assert f"| h2o @ 24 | {agree:.3f} | {nats:.3f} |" in text
+    assert "less kvpress" not in text, "only auv-look is held against it"
+    found = metrics["rows"].pop("h2o @ 24")
+    metrics["rows"]["auv-look @ 24"] = found
+    for metric, values in (("nats", [0, 0.1, 0, 0.3]), ("agreement", [1, 1, 1, 1])):
+        found["documents"][metric] = values
+    metrics["paired"] = []
+    (done / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    text = cli.inside("report", "runs/a", "--peer", "peer.json").text
+    # .1 less .25 and .3 less .35
+    assert "auv-look @ 24 less kvpress KVzipPress @ 24, nats a token: -0.10 [-0.15, -0.05]." in text
     file.write_text("{}", encoding="utf-8")
     result = cli.inside("report", "runs/a", "--peer", "peer.json")
     assert result.code == 2

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from auvsum.cache.head_profiles import Profile, shape_of
+from auvsum.cache.codec import EvenCodec, Metric, QuantizedCodec
+from auvsum.cache.head_profiles import Profile, few_directions, shape_of
 from auvsum.cache.heads import HeadsCache, Look, second_look
 from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.engine.generate import Engine, Request
@@ -26,9 +27,12 @@ MODELS = {"llama": tiny.tiny_llama, "opt": tiny.tiny_opt}
 
 
 class Naive:
-    """Every key and value ever seen, one head after the other, and a set of living positions for each."""
+    """Every key and value ever seen, one head after the other, and a set of living positions for each. With few bits a
+    vector is replaced by what is left of it."""
 
-    def __init__(self, model: Any, policy: AUVLook, factors: Tensor | None = None) -> None:
+    def __init__(self, model: Any, policy: AUVLook, profile: Profile | None = None, bits: int = 16) -> None:
+        factors, self.static = (profile.factors(), profile.moments()) if profile else (None, None)
+        self.bits, self.size = bits, model.config.hidden_size // model.config.num_attention_heads
         config, self.factors = model.config, factors
         self.model, self.policy = model, policy
         self.layers = config.num_hidden_layers
@@ -37,6 +41,9 @@ class Naive:
         self.values: list[list[list[Tensor]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.alive: list[list[list[int]]] = [[[] for _ in range(self.groups)] for _ in range(self.layers)]
         self.paid: dict[tuple[int, int, int], float] = {}
+        #: Queries' second moments, and which tokens are in the coarser codec.
+        self.moments: dict[tuple[int, int], Tensor] = {}
+        self.coarse: set[tuple[int, int, int]] = set()
         self.room = [0] * self.layers
         self.first = self.written = self.prompt = 0
         AttentionInterface.register("naive-look", self.attend)
@@ -48,19 +55,44 @@ class Naive:
         for token in range(query.shape[2]):
             for group in range(self.groups):
                 position = len(self.keys[layer][group])
-                self.keys[layer][group].append(key[0, group, token])
-                self.values[layer][group].append(value[0, group, token])
+                for held, vectors in ((self.keys, key), (self.values, value)):
+                    vector = vectors[0, group, token]
+                    held[layer][group].append(self.few(vector, 8) if self.first and self.bits < 16 else vector)
+                paid: dict[int, float] = {}
                 self.alive[layer][group].append(position)
                 alive = self.alive[layer][group]
                 for head in range(group * heads // self.groups, (group + 1) * heads // self.groups):
+                    asked = query[0, head, token]
+                    self.moments[layer, group] = self.moments.get((layer, group), 0) + torch.outer(asked, asked)
                     logits = torch.stack([self.keys[layer][group][p] @ query[0, head, token] for p in alive]) * scaling
                     weights = logits.softmax(-1)
                     values = torch.stack([self.values[layer][group][p] for p in alive])
                     out[0, token, head] = weights @ values
                     for p, weight in zip(alive, weights.tolist(), strict=True):
-                        place = (layer, group, p)
-                        self.paid[place] = self.paid.get(place, 0.0) + weight**self.policy.power * self.groups / heads
+                        paid[p] = paid.get(p, 0.0) + weight**self.policy.power * self.groups / heads
+                for p, new in paid.items():
+                    before, rounded = self.paid.get((layer, group, p), 0.0), self.rounded if p < self.first else float
+                    self.paid[layer, group, p] = rounded(before + rounded(new))
         return out, None
+
+    @staticmethod
+    def rounded(paid: float) -> float:
+        """Sums of slots are kept in 16 bits."""
+        return float(torch.tensor(paid * 256).clamp(max=65504).half()) / 256
+
+    def few(self, vector: Tensor, bits: int, moments: Tensor | None = None) -> Tensor:
+        """What is left of a vector."""
+        codec = EvenCodec(torch.float32, bits) if bits < 4 else QuantizedCodec(torch.float32, bits)
+        metric = None if moments is None else Metric(moments[None])
+        return codec.decode(codec.pack(vector[None], torch.zeros(1, dtype=torch.int64), metric))[0]
+
+    def quantize(self, layer: int, group: int, position: int, moments: Tensor | None) -> None:
+        """A token goes into a slot."""
+        bits = self.policy.coarse if (layer, group, position) in self.coarse else self.bits
+        keys, values = self.keys[layer][group], self.values[layer][group]
+        if self.bits < 16:
+            keys[position] = self.few(keys[position], bits, None if moments is None else moments[layer, group])
+            values[position] = self.few(values[position], bits)
 
     def call(self, ids: list[int], start: int) -> Tensor:
         with harness.attention(self.model, "naive-look"), torch.no_grad():
@@ -70,7 +102,7 @@ class Naive:
 
     def look(self, calls: list[list[int]], *, chained: bool) -> Tensor:
         """Mean attention that tokens behind the prompt pay to it; they are forgotten again."""
-        self.paid, count = {}, 0
+        self.paid, self.moments, count = {}, {}, 0
         for number, ids in enumerate(calls):
             self.call(ids, self.prompt + (number if chained else 0))
             count += len(ids)
@@ -101,8 +133,8 @@ class Naive:
                 for held in (self.keys, self.values, self.alive):
                     del held[layer][group][self.prompt :]
 
-    def settle(self, score: Tensor, slots: int, write: int) -> None:
-        """The best of all layers and heads stay."""
+    def settle(self, score: Tensor, slots: int, write: int, moments: Tensor | None = None) -> None:
+        """The best of all layers and heads stay, the very best in the finer codec."""
         ranked = []
         for layer in range(self.layers):
             for group in range(self.groups):
@@ -112,13 +144,32 @@ class Naive:
                     rank = float("inf") if position == 0 else rank
                     ranked.append((rank, layer, group, position))
         ranked.sort(reverse=True)
-        kept = {(layer, group, p) for _, layer, group, p in ranked[: slots * self.layers * self.groups]}
+        heads = self.layers * self.groups
+        dear, cheap = self.policy.slot_bytes(self.size, 4, self.bits)
+        count = fine = slots * heads
+        if cheap < dear:
+            # All of the bytes, a share of the slots fine.
+            share = self.policy.fine
+            mean = share * dear + (1 - share) * cheap
+            count = max(n for n in range(self.prompt * heads + 1) if n * mean <= slots * heads * dear)
+            fine = (slots * heads * dear - count * cheap) // (dear - cheap)
+        kept = [place for _, *place in ranked[:count]]
+        self.coarse = {(layer, group, p) for layer, group, p in kept[fine:]}
         for layer in range(self.layers):
             for group in range(self.groups):
-                self.alive[layer][group] = [p for p in range(self.prompt) if (layer, group, p) in kept]
-            self.room[layer] = sum(map(len, self.alive[layer]))
-        self.paid = {place: float(score[place]) ** self.policy.power * self.policy.prior for place in kept}
+                self.alive[layer][group] = sorted(p for one, other, p in kept if (one, other) == (layer, group))
+            self.room[layer] = sum(self.cost(layer, g, p) for g in range(self.groups) for p in self.alive[layer][g])
+        for place in kept:
+            self.quantize(*place, moments)
+        self.paid = {}
+        for layer, group, p in kept:
+            start = float(score[layer, group, p]) ** self.policy.power * self.policy.prior
+            self.paid[layer, group, p] = self.rounded(start)
         self.write, self.first = write, self.prompt
+
+    def cost(self, layer: int, group: int, position: int) -> int:
+        """Bytes of a token's slot."""
+        return self.policy.slot_bytes(self.size, 4, self.bits)[(layer, group, position) in self.coarse]
 
     def factor(self, layer: int, group: int, position: int) -> float:
         """What a token of that head is worth."""
@@ -129,6 +180,10 @@ class Naive:
         if now - self.first < self.write:
             return
         leaving = self.write - self.write // 2
+        for layer in range(self.layers):
+            for group in range(self.groups):
+                for p in range(self.first, self.first + leaving):
+                    self.paid[layer, group, p] = self.rounded(self.paid[layer, group, p])
         self.first += leaving
         for layer in range(self.layers):
             ranked = []
@@ -139,10 +194,27 @@ class Naive:
                     queries = (self.policy.prior + now - self.prompt) if position < self.prompt else now - position
                     score = (self.paid[layer, group, position] / queries) ** (1 / self.policy.power) * norm
                     score *= self.factor(layer, group, position)
-                    ranked.append((float("inf") if position == old[0] else score, group, position))
+                    fresh = position >= self.first - leaving
+                    tie = (position, group) if fresh else (group, position)
+                    ranked.append((float("inf") if position == old[0] else score, fresh, tie, group, position))
             ranked.sort(reverse=True)
-            for _, group, position in ranked[self.room[layer] :]:
-                self.alive[layer][group].remove(position)
+            spent, before = 0, len(ranked) - leaving * self.groups
+            for rank, (*_, group, position) in enumerate(ranked):
+                if position >= self.first - leaving:
+                    dear, cheap = self.policy.slot_bytes(self.size, 4, self.bits)
+                    if cheap < dear and rank >= self.policy.fine * before:
+                        self.coarse.add((layer, group, position))
+                    self.quantize(layer, group, position, self.static)
+            for *_, group, position in ranked:
+                spent += self.cost(layer, group, position)
+                if spent > self.room[layer]:
+                    self.alive[layer][group].remove(position)
+
+
+def mean_moments(naive: Naive, queries: int) -> Tensor:
+    """Of what the last look asked, `[layers, G, D, D]`."""
+    rows = [[naive.moments[layer, group] for group in range(naive.groups)] for layer in range(naive.layers)]
+    return torch.stack([torch.stack(row) for row in rows]) / queries
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -153,24 +225,31 @@ class Naive:
         {"draft": 0, "power": 1.0, "value_norm": True},
         {"look": 0.0, "lead": 20, "ask": 0.0},
         {"profile": True},
+        {"bits": 4, "profile": True},
+        {"bits": 4, "coarse": 2, "fine": 0.5, "value_norm": True},
     ],
 )
 def test_it_does_what_the_slow_version_does(
     name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, factors = MODELS[name](), None
+    model, profile = MODELS[name](), None
     if options.get("profile"):
         monkeypatch.setenv("AUVSUM_CACHE", str(tmp_path))
         heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
         logs = torch.randn(2, 2, heads, generator=torch.Generator().manual_seed(4)).tolist()
-        profile = Profile("tiny", shape_of(model.config), *(tuple(map(tuple, one)) for one in logs))
+        size = model.config.hidden_size // model.config.num_attention_heads
+        queries = torch.randn(2, heads, 40, size, generator=torch.Generator().manual_seed(5))
+        queries[..., 0] *= 9
+        told = few_directions(queries.mT @ queries)
+        profile = Profile("tiny", shape_of(model.config), *(tuple(map(tuple, one)) for one in logs), queries=told)
         (tmp_path / "profiles").mkdir()
         (tmp_path / "profiles" / "tiny.json").write_text(profile.to_json())
-        factors = profile.factors()
+    options = dict(options)
+    bits = options.pop("bits", 16)
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
-    stream = tiny.tokens(PROMPT + NEW, 17)[0].tolist()
+    stream = tiny.tokens(PROMPT + NEW, 18)[0].tolist()
     ids, span, slots = stream[:PROMPT], (4, 55), 40
-    cache, naive = HeadsCache(model.config, policy, slots), Naive(model, policy, factors)
+    cache, naive = HeadsCache(model.config, policy, slots, bits=bits), Naive(model, policy, profile, bits)
     with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
         model(torch.tensor([ids]), past_key_values=cache)
     naive.call(ids, 0)
@@ -181,6 +260,7 @@ def test_it_does_what_the_slow_version_does(
     assert look is not None
     again = policy.tokens_to_look_with(ids[slice(*span)])
     looked = naive.look([again], chained=False) if again else None
+    moments = [mean_moments(naive, len(again))] if again else []
     drafted = None
     if policy.draft:
         token, calls = first, []
@@ -189,15 +269,17 @@ def test_it_does_what_the_slow_version_does(
             token = int(naive.call([token], PROMPT + place)[-1].argmax())
         naive.forget()
         drafted = naive.look(calls, chained=True)
+        moments.append(mean_moments(naive, len(calls)))
     asked = naive.ask(ids, PROMPT - span[1]) if policy.ask else None
     for mine, theirs in ((look.looked, looked), (look.drafted, drafted), (look.asked, asked)):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(look.moments, torch.stack(moments).mean(0), rtol=1e-3, atol=1e-4)
     cache.settle(0, look)
     room, write = policy.regions(slots, head_dim=model.config.hidden_size // model.config.num_attention_heads,
-                                 element_bytes=4, bits=16)  # fmt: skip
-    naive.settle(policy.blend(look.looked, look.drafted, look.asked), room, write)
+                                 element_bytes=4, bits=bits)  # fmt: skip
+    naive.settle(policy.blend(look.looked, look.drafted, look.asked), room, write, look.moments)
     counts = set()
     for step, token in enumerate(stream[PROMPT:]):
         for layer in range(naive.layers):

@@ -1,11 +1,11 @@
-"""Vectors in 8 and 4 bits: how near they come back, what they take, and that scattering them changes nothing."""
+"""Vectors in 8 bits and fewer: how near they come back, what they take, and that scattering them changes nothing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from auvsum.cache.codec import QuantizedCodec, make_codec, vector_bytes
+from auvsum.cache.codec import EvenCodec, Metric, QuantizedCodec, Tiers, make_codec, vector_bytes
 from auvsum.errors import PolicyError
 
 SIZES = [8, 32, 64, 80, 96, 128, 256]
@@ -73,3 +73,81 @@ def test_a_scattered_token_is_the_token(bits: int) -> None:
 def test_a_head_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(PolicyError, match="heads of size 7 cannot be kept in 4 bits"):
         vector_bytes(7, 2, 4)
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("size", [64, 80, 96, 128])
+def test_even_steps_on_both_sides_of_zero(size: int, bits: int) -> None:
+    """Each channel comes back as its best level, of a step that no other step of the group beats by much."""
+    codec = EvenCodec(torch.float32, bits)
+    vectors = torch.randn(6, size, generator=torch.Generator().manual_seed(size))
+    turned, memory = codec.turn(vectors), codec.pack(vectors)
+    back = codec.unpack(memory)
+    assert sum(part.nbytes for part in memory) == 6 * vector_bytes(size, 4, bits)
+    group = next(g for g in range(min(64, size), 0, -1) if size % g == 0)
+    for token in range(6):
+        for start in range(0, size, group):
+            want, got = (x[token, start : start + group] for x in (turned, back))
+            step = float(memory[-1][token, start // group, 0])
+            levels = step * (torch.arange(2**bits) - (2**bits - 1) / 2)
+            assert (got[:, None] - levels).abs().amin(1).max() < 1e-5
+            rms = float(want.square().mean().sqrt())
+            best = min(
+                float(
+                    (want[:, None] - rms * s / 50 * (torch.arange(2**bits) - (2**bits - 1) / 2))
+                    .abs()
+                    .amin(1)
+                    .square()
+                    .sum()
+                )
+                for s in range(10, 100)
+            )
+            assert float((got - want).square().sum()) <= 1.5 * best
+
+
+@pytest.mark.parametrize(
+    "codec", [EvenCodec(torch.float32, 2), EvenCodec(torch.float32, 3), QuantizedCodec(torch.float32, 4)]
+)
+def test_codes_chosen_by_a_metric_lose_less_of_it(codec: EvenCodec | QuantizedCodec) -> None:
+    """Queries of a head that lie near a few directions: errors go where no query looks."""
+    seed = torch.Generator().manual_seed(0)
+    directions = torch.randn(3, 64, 64, generator=seed) * torch.linspace(0, 2, 64).exp().flip(0)[:, None]
+    metric = directions.mT @ directions
+    head = torch.tensor([0] * 5 + [2] * 40)  # a head without vectors between them
+    vectors = torch.randn(45, 64, generator=seed)
+    own, lost = codec.turn(codec.turn(metric).mT)[head], []
+    for chosen in (None, Metric(metric)):
+        error = codec.unpack(codec.pack(vectors, None if chosen is None else head, chosen)) - codec.turn(vectors)
+        lost.append(float((error[:, None] @ own @ error[..., None]).mean()))
+    assert lost[1] < 0.6 * lost[0]
+    # One head after the other gives the same codes.
+    alone = [codec.pack(vectors[head == h], head[head == h] * 0, Metric(metric[h : h + 1])) for h in (0, 2)]
+    for together, parts in zip(codec.pack(vectors, head, Metric(metric)), zip(*alone, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(parts))
+
+
+def test_without_correlations_a_metric_changes_nothing() -> None:
+    codec, vectors = QuantizedCodec(torch.float32, 4), torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    head = torch.arange(9) // 3
+    plain, aware = codec.pack(vectors), codec.pack(vectors, head, Metric(5 * torch.eye(32).expand(3, -1, -1)))
+    assert all(torch.equal(one, other) for one, other in zip(plain, aware, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_tiers_hold_each_vector_in_its_codec_through_every_move(share: float) -> None:
+    fine, coarse = QuantizedCodec(torch.float32, 4), EvenCodec(torch.float32, 3)
+    tiers, seed = Tiers(fine, coarse), torch.Generator().manual_seed(4)
+    vectors, more = torch.randn(20, 16, generator=seed), torch.randn(3, 16, generator=seed)
+    best = torch.rand(20, generator=seed) < share
+    want = torch.where(best[:, None], fine.unpack(fine.pack(vectors)), coarse.unpack(coarse.pack(vectors)))
+    memory = tiers.pack(vectors, best)
+    assert torch.equal(tiers.unpack(memory, best), want)
+    added = torch.tensor([True, False, True])
+    both = tiers.both(more, torch.zeros(3, dtype=torch.int64), None)
+    memory, best = tiers.added(memory, both, added), torch.cat([best, added])
+    want = torch.cat(
+        [want, torch.where(added[:, None], fine.unpack(fine.pack(more)), coarse.unpack(coarse.pack(more)))]
+    )
+    assert torch.equal(tiers.unpack(memory, best), want)
+    order = torch.randperm(23, generator=seed)[:11]
+    assert torch.equal(tiers.unpack(tiers.select(memory, best, order), best[order]), want[order])
