@@ -99,6 +99,7 @@ _DOCUMENT = (
     "auvsum int8 auv-look",
     "auvsum TYPE auv streamed",
     "auvsum int8 auv streamed",
+    "auvsum gguf auv streamed",
     "transformers TYPE sdpa",
     "llama.cpp",
 )
@@ -140,7 +141,7 @@ def make_case(name: str, options: argparse.Namespace) -> Case:
     import torch
 
     torch.set_num_threads(threads)
-    model, shape = load_model(saved, "int8" if how[0] == "int8" else "auto")
+    model, shape = load_model(saved, how[0] if how[0] in ("int8", "gguf") else "auto")
     if library == "transformers":
         return transformers_case(model, ids, new, how[1])
     policy, chunk = how[1], options.chunk if "streamed" in how else None
