@@ -126,9 +126,9 @@ def int4_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`x [rows, in]` by the weights of an `Int4Linear`; the activations of few rows are rounded to bf16 for it."""
     if x.shape[0] <= _MOST_ROWS:
         # In fp32 the library's product takes forty times as long.
-        packed = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(scale.dtype), weight, _BLOCK, scale.contiguous())
-        out: Tensor = packed.to(x.dtype)
-        return out
+        few = x.to(scale.dtype).contiguous()
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(few, weight, _BLOCK, scale.contiguous())
+        return out.to(x.dtype)
     channels = max(_CHANNELS, _UNPACKED_4 // x.shape[1] // _CHANNELS * _CHANNELS)
     parts = zip(torch.split(weight, channels), torch.split(scale, channels, 1), strict=True)
     products = [x @ _unpacked(*part, x.dtype) for part in parts]

@@ -145,7 +145,8 @@ def test_a_four_bit_layer_is_its_codes(rows: int) -> None:
     wanted = x @ weight.t()
     few = 2 * rows <= 16
     assert torch.allclose(layer(x), wanted, atol=2e-2 * wanted.std() if few else 1e-4 * wanted.std())
-    assert layer(x[:1, :1].bfloat16()).dtype == torch.bfloat16
+    part = torch.cat([x, x], -1)[:1, :2, :64].bfloat16()  # as the norm of a step hands it on
+    assert torch.equal(layer(part), layer(part.contiguous()))
 
 
 def gguf_model(tmp_path: Path, weights: str, dtype: str = "fp32") -> Any:
