@@ -96,7 +96,6 @@ _DECODE = (
 #: `auv-look` in 4 bits is what `--policy auto` takes on a CPU at this budget, `auv streamed` is `--strategy stream`.
 _DOCUMENT = (
     "auvsum TYPE auv-look",
-    "auvsum int8 auv-look",
     "auvsum TYPE auv streamed",
     "auvsum int8 auv streamed",
     "auvsum gguf auv streamed",
