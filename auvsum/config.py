@@ -27,7 +27,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "strategy": ("auto", "single", "stream", "map-reduce", "map-rank", "extract"),
     "style": (None, "paragraph", "bullets"),
     "dtype": ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
-    "weights": ("auto", "bf16", "int8"),
+    "weights": ("auto", "bf16", "int8", "gguf"),
 }
 _BATCH_SIZE = re.compile(r"auto|[1-9]\d*")
 _AT_LEAST = {"chunk": 1, "window": 64, "max_tokens": 1, "sentences": 1, "words": 1, "threads": 1, "seed": 0}
@@ -46,7 +46,8 @@ class Settings:
         chunk: tokens read at a time by the `stream` strategy.
         window: tokens of a window of a long document, or of what `extract` reads; `None` takes what measured best and
             fits the positions.
-        weights: `bf16` leaves them as `dtype` says, `int8` halves them (on a CPU), `auto` decides.
+        weights: `bf16` leaves them as `dtype` says, `int8` halves them (on a CPU), `gguf` takes the 4 bits that the
+            model's GGUF file has (on a CPU), `auto` decides.
         query: a question to answer instead of a summary. style: the summary's shape. cite: give sources.
         max_tokens: the most new tokens; `None` lets the requested length decide.
         repetition_penalty: how strongly tokens that the summary already has are discouraged; 1 is not at all.

@@ -3,6 +3,7 @@
     python benchmarks/bench_cpu.py --gguf model.gguf --out benchmarks/results/cpu.json       # every section
     python benchmarks/bench_cpu.py --only decode,bookkeeping
     python benchmarks/bench_cpu.py --peers ~/peers/bin/python          # the peers are installed there
+    python benchmarks/bench_cpu.py --join a.json b.json --out all.json # sections that ran side by side, as one table
 
 Sections: `document` (the default model, a long document end to end), `large` (OPT-1.3b's shape), `decode` (OPT-125m's
 shape, a prompt read at once and streamed), `bookkeeping`, `batch`. Peers are transformers, CTranslate2 (`pip install
@@ -95,9 +96,9 @@ _DECODE = (
 #: `auv-look` in 4 bits is what `--policy auto` takes on a CPU at this budget, `auv streamed` is `--strategy stream`.
 _DOCUMENT = (
     "auvsum TYPE auv-look",
-    "auvsum int8 auv-look",
     "auvsum TYPE auv streamed",
     "auvsum int8 auv streamed",
+    "auvsum gguf auv streamed",
     "transformers TYPE sdpa",
     "llama.cpp",
 )
@@ -139,7 +140,7 @@ def make_case(name: str, options: argparse.Namespace) -> Case:
     import torch
 
     torch.set_num_threads(threads)
-    model, shape = load_model(saved, "int8" if how[0] == "int8" else "auto")
+    model, shape = load_model(saved, how[0] if how[0] in ("int8", "gguf") else "auto")
     if library == "transformers":
         return transformers_case(model, ids, new, how[1])
     policy, chunk = how[1], options.chunk if "streamed" in how else None
@@ -445,6 +446,30 @@ def _turns(runs: list[Any], token: type) -> list[list[float]]:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+def join(files: list[Path]) -> dict[str, Any]:
+    """One record of several that were written side by side, each with sections of its own.
+
+    Raises:
+        SystemExit: they differ in more than cores and load, or hold the same section.
+    """
+    records = [json.loads(file.read_text()) for file in files]
+    joined: dict[str, Any] = {**records[0], "sections": {}}
+    for file, record in zip(files, records, strict=True):
+        if _identity(record) != _identity(joined):
+            raise SystemExit(f"error: {file} was measured otherwise than {files[0]}")
+        if twice := record["sections"].keys() & joined["sections"].keys():
+            raise SystemExit(f"error: {file} holds {', '.join(sorted(twice))} once more")
+        joined["sections"].update(record["sections"])
+    joined["sections"] = {name: joined["sections"][name] for name in SECTIONS if name in joined["sections"]}
+    return joined
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """What two records have in common when their rows may stand in one table."""
+    machine = {key: value for key, value in record["machine"].items() if key != "load_average"}
+    return {**record, "machine": machine, "sections": None}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, by commas")
@@ -457,12 +482,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--gguf", type=Path, help="the default model's weights for llama.cpp")
     parser.add_argument("--out", type=Path, help="also write the JSON there; sections it holds already are kept")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="run nothing: join these into --out")
+    parser.add_argument("--note", default="", help="what else a reader of the JSON has to know")
     parser.add_argument("--peers", metavar="PYTHON", help="the interpreter of the peers' environment; default this one")
     parser.add_argument("--serve", metavar="ENGINE", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - set(SECTIONS):
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
+    if options.join and options.out is None:
+        parser.error("--join needs --out")
     return options
 
 
@@ -470,6 +499,9 @@ def main() -> None:
     options = parse()
     if options.serve:
         serve(options.serve, options)
+        return
+    if options.join:
+        options.out.write_text(json.dumps(join(options.join), indent=1) + "\n")
         return
     from auvsum import _env
 
@@ -483,7 +515,12 @@ def main() -> None:
             found: Rows = []
             for found in _SECTIONS[name](options, Path(folder)):
                 loads = (load_before, round(os.getloadavg()[0], 2))
-                sections[name] = {"load_average": loads, "seconds": round(time.perf_counter() - started), "rows": found}
+                sections[name] = {
+                    "load_average": loads,
+                    "cores": sorted(os.sched_getaffinity(0)),
+                    "seconds": round(time.perf_counter() - started),
+                    "rows": found,
+                }
                 record = {
                     "benchmark": "cpu",
                     "computes_in": computes_in(),
@@ -491,6 +528,7 @@ def main() -> None:
                     "document_tokens": options.document,
                     "summary_tokens": options.summary,
                     "chunk": options.chunk,
+                    "note": options.note,
                     "machine": common.machine(),
                     "versions": common.versions(),
                     "sections": sections,

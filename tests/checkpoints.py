@@ -189,8 +189,12 @@ def truncate(file: Path, share: float = 0.5) -> Path:
     return file
 
 
-def gguf_llama(file: Path, *, seed: int = 0, pre: str = "smollm", quantize: bool = False) -> LlamaForCausalLM:
-    """Writes a Llama as llama.cpp does (rotary pairs side by side) and returns the model that it holds, in fp32."""
+def gguf_llama(file: Path, *, seed: int = 0, pre: str = "smollm", kind: str = "F32") -> LlamaForCausalLM:
+    """Writes a Llama as llama.cpp does (rotary pairs side by side) and returns the model that it holds, in fp32.
+
+    Args:
+        kind: of its matrices, but the embedding's, which is `Q8_0` in a quantized file.
+    """
     import gguf
 
     tokenizer = chatml_tokenizer()
@@ -231,9 +235,9 @@ def gguf_llama(file: Path, *, seed: int = 0, pre: str = "smollm", quantize: bool
         else:
             name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
         values = tensor.numpy().copy()
-        if quantize and values.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q4_1
-            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        if kind != "F32" and values.ndim == 2:
+            own = gguf.GGMLQuantizationType["Q8_0" if name == "token_embd.weight" else kind]
+            writer.add_tensor(name, gguf.quantize(values, own), raw_dtype=own)
         else:
             writer.add_tensor(name, values)
     writer.write_header_to_file()

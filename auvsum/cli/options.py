@@ -82,7 +82,7 @@ Placed = Annotated[Where, _option("Summarize on this machine, or on a Ray cluste
 Address = Annotated[str | None, _option("The Ray cluster to use; auto is the one here.", metavar="HOST:PORT|auto")]
 Workers = Annotated[int | None, _option("Ray workers; otherwise one a GPU, or one a node.", metavar="N")]
 Dtype = Annotated[str | None, _option("auto, bf16, fp16 or fp32.", metavar="NAME")]
-Weights = Annotated[str | None, _option("auto, bf16 or int8 (CPU: half the memory, faster).", metavar="NAME")]
+Weights = Annotated[str | None, _option("auto, bf16, int8 (CPU: half the memory, faster) or gguf.", metavar="NAME")]
 Threads = Annotated[int | None, _option("CPU threads.", metavar="N")]
 Temperature = Annotated[float | None, _option("0 takes the likeliest token each time.", metavar="X")]
 TopP = Annotated[float | None, _option("Sample from the likeliest tokens up to this probability.", metavar="X")]

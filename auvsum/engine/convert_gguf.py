@@ -1,5 +1,7 @@
 """GGUF -> a folder that transformers loads: config, generation config, tokenizer, bf16 safetensors.
 
+What the file holds in 4 bits (`Q4_0`, `Q4_1`) is kept in them too, in a file of its own that `--weights gguf` maps.
+
 Only what the embedded model needs: `llama` weights with a byte-level BPE whose splitting rule is known here. Written
 out instead of transformers' own GGUF loading because that one needs accelerate, takes three times as long, and forgets
 that SmolLM2 splits numbers into digits (`tokenizer.ggml.pre = smollm`): other token ids for some tables.
@@ -11,6 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from auvsum.engine.registry import GGUF_BLOCKS
 from auvsum.errors import ModelUnsupported
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight\Z")
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
-    """Writes the model of `gguf` into the folder `out`, in bf16.
+    """Writes the model of `gguf` into the folder `out`, in bf16 and, where the file has such, in blocks of 4 bits.
 
     Raises:
         ModelUnsupported: for an architecture or a tokenizer that is not known here.
@@ -81,15 +84,18 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     config.save_pretrained(out)
     GenerationConfig(**ids).save_pretrained(out)
     _tokenizer(read, special, config.max_position_embeddings).save_pretrained(out)
-    state = _state_dict(reader.tensors, heads=heads, kv_heads=kv_heads)
+    state, blocks = _weights(reader.tensors, heads=heads, kv_heads=kv_heads)
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    if blocks:
+        save_file(blocks, out / GGUF_BLOCKS)
 
 
-def _state_dict(tensors: Any, *, heads: int, kv_heads: int) -> dict[str, torch.Tensor]:
+def _weights(tensors: Any, *, heads: int, kv_heads: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """All weights in bf16 by transformers' names, and the 4-bit ones among the layers' as `_four_bits` has them."""
     import torch
     from gguf import dequantize
 
-    state = {}
+    state, blocks = {}, {}
     for tensor in tensors:
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.name in _GLOBAL:
@@ -101,10 +107,34 @@ def _state_dict(tensors: Any, *, heads: int, kv_heads: int) -> dict[str, torch.T
             if match is None or match[2] not in _BLOCK:
                 raise ModelUnsupported(f"the GGUF file holds an unknown tensor, {tensor.name}")
             name = f"model.layers.{match[1]}.{_BLOCK[match[2]]}.weight"
-            if match[2] in ("attn_q", "attn_k"):
-                values = _unpermute(values, heads if match[2] == "attn_q" else kv_heads)
+            turned = {"attn_q": heads, "attn_k": kv_heads}.get(match[2])
+            if turned is not None:
+                values = _unpermute(values, turned)
+            for part, kept in _four_bits(tensor).items():
+                kept = kept if turned is None else _unpermute(kept, turned)
+                blocks[f"{name.removesuffix('.weight')}.{part}"] = kept.contiguous()
         state[name] = values.to(torch.bfloat16).contiguous()
-    return state
+    return state, blocks
+
+
+def _four_bits(tensor: Any) -> dict[str, torch.Tensor]:
+    """The blocks of a 4-bit tensor `[out, in]`, which are 32 weights of a row each; nothing of another.
+
+    Returns:
+        `codes` uint8 `[out, in / 2]`, of which a block has 16 bytes: its first 16 codes in their lower halves, the
+        others in their upper ones. `step` and `least` fp16 `[out, in / 32]`: a weight is `code * step + least`.
+    """
+    import torch
+    from gguf import GGMLQuantizationType
+
+    numbers = {GGMLQuantizationType.Q4_0: 1, GGMLQuantizationType.Q4_1: 2}.get(tensor.tensor_type)
+    if numbers is None:
+        return {}
+    raw = torch.from_numpy(tensor.data.copy())
+    raw = raw.view(raw.shape[0], -1, 2 * numbers + 16)
+    step, *least = raw[..., : 2 * numbers].contiguous().view(torch.float16).unbind(-1)
+    codes = raw[..., 2 * numbers :].reshape(raw.shape[0], -1)
+    return {"codes": codes, "step": step, "least": least[0] if least else -8 * step}
 
 
 def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:

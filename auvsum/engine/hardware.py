@@ -19,7 +19,7 @@ DTYPES = {
     "float32": "float32",
 }
 
-WEIGHTS = ("auto", "bf16", "int8")
+WEIGHTS = ("auto", "bf16", "int8", "gguf")
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -74,15 +74,15 @@ def choose_dtype(dtype: str, device: torch.device, checkpoint: torch.dtype | Non
 
 
 def choose_weights(weights: str, device: torch.device) -> str:
-    """`bf16` (as the dtype says) or `int8`; `auto` is bf16, which costs no quality.
+    """`bf16` (as the dtype says), `int8` or `gguf`; `auto` is bf16, which costs no quality.
 
     Raises:
-        ConfigError: an unknown name. DeviceError: 8 bits on a GPU.
+        ConfigError: an unknown name. DeviceError: 8 or 4 bits on a GPU.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights {weights!r} are unknown", f"use one of {', '.join(WEIGHTS)}")
-    if weights == "int8" and device.type != "cpu":
-        raise DeviceError("8-bit weights run on a CPU", "use --device cpu, or --weights bf16")
+    if weights in ("int8", "gguf") and device.type != "cpu":
+        raise DeviceError(f"weights {weights!r} run on a CPU", "use --device cpu, or --weights bf16")
     return "bf16" if weights == "auto" else weights
 
 

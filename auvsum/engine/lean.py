@@ -17,7 +17,7 @@ from torch.nn import functional
 from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.heads import HeadsCache
 from auvsum.engine.memory import mapped_files, release_mapped
-from auvsum.engine.weights import Int8Linear, int8_product
+from auvsum.engine.weights import Int4Linear, Int8Linear, int4_product, int8_product
 
 Step = Callable[[Tensor, Tensor, BudgetedCache | HeadsCache], Tensor]
 Product = Callable[[Tensor], Tensor]
@@ -64,12 +64,19 @@ def _straight(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
 
 def _product(*layers: Any) -> Product:
     """One product for linear layers with the same input; their weights become parts of one, and are not held twice."""
+    if len({type(layer) for layer in layers}) > 1:  # a GGUF file may hold one in 4 bits and another in more
+        products = [_product(layer) for layer in layers]
+        return lambda x: torch.cat([product(x) for product in products], -1)
     weight, bias = _packed(layers, "weight"), _packed(layers, "bias")
     assert weight is not None
     if isinstance(layers[0], Int8Linear):
         scale = _packed(layers, "scale")
         assert scale is not None
         return lambda x: int8_product(x, weight, scale, bias)
+    if isinstance(layers[0], Int4Linear):
+        scales = _packed(layers, "scale", 1)
+        assert scales is not None
+        return lambda x: int4_product(x, weight, scales)
 
     def product(x: Tensor) -> Tensor:
         if x.shape[0] > 1:
@@ -80,21 +87,22 @@ def _product(*layers: Any) -> Product:
     return product
 
 
-def _packed(layers: Sequence[Any], name: str) -> Tensor | None:
+def _packed(layers: Sequence[Any], name: str, dim: int = 0) -> Tensor | None:
+    """The layers' tensors of that name as one, along their output channels."""
     parts = [getattr(layer, name) for layer in layers]
     if len(parts) == 1 or parts[0] is None:
         first: Tensor | None = parts[0]
         return first
-    whole = torch.cat([part.data for part in parts])
+    whole = torch.cat([part.data for part in parts], dim)
     start, files = 0, mapped_files()
     for layer, part in zip(layers, parts, strict=True):
         release_mapped(part, files)
-        piece = whole[start : start + part.shape[0]]
+        piece = whole.narrow(dim, start, part.shape[dim])
         if isinstance(part, nn.Parameter):
             part.data = piece
         else:
             setattr(layer, name, piece)
-        start += part.shape[0]
+        start += part.shape[dim]
     return whole
 
 

