@@ -1,13 +1,15 @@
 """Attention of a chunk on a CPU, as plain products over some queries of one head at a time.
 
-The library's fused CPU attention multiplies in bf16 at a tenth of the speed that its products reach (docs/LOG.md). A
-block of probabilities that fits the processor's cache is made by two products and a softmax instead, and while it is
-there, what policies ask of it costs next to nothing: no second attention as in `column_scores.py`, which makes this the
-faster way in fp32 too where column sums are wanted. The n x n matrix still never exists.
+The library's fused CPU attention multiplies in bf16 at a tenth of the speed that its products reach (docs/LOG.md), but
+on a processor with matrix tiles (AMX), where it is the faster one. A block of probabilities that fits the processor's
+cache is made by two products and a softmax instead, and while it is there, what policies ask of it costs next to
+nothing: no second attention as in `column_scores.py`, which makes this the faster way in fp32 too where column sums are
+wanted. The n x n matrix still never exists.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -27,8 +29,19 @@ Folded = tuple[Tensor, Tensor, Tensor]
 
 def pays(query: Tensor, power: float | None) -> bool:
     """Whether this is the faster way for a chunk's queries `[1, H, T, D]`; `power` as of `attend_chunk`."""
-    wanted = query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and power is not None)
+    bf16 = query.dtype == torch.bfloat16 and not has_tiles()
+    wanted = bf16 or (query.dtype == torch.float32 and power is not None)
     return query.device.type == "cpu" and wanted and query.shape[2] >= _LEAST
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies matrices in bf16 tiles, and the library's fused attention with them."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        return bool(capabilities().get("amx_bf16"))
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and bool(probe())
 
 
 @dataclass(frozen=True)

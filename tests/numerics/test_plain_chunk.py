@@ -55,7 +55,8 @@ def test_equals_the_fused_attention(
     torch.testing.assert_close(seen.keys_seen, fused.keys_seen)
 
 
-def test_is_what_a_chunk_in_bf16_goes_through() -> None:
+def test_is_what_a_chunk_in_bf16_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_chunk, "has_tiles", lambda: False)
     chunk, past, scale = 100, 20, SIZE**-0.5
     out, seen = attend_chunk(*draw(chunk, past, torch.bfloat16), scale, past, draw_folded(torch.bfloat16))
     assert isinstance(seen, PlainAttention)
@@ -65,6 +66,12 @@ def test_is_what_a_chunk_in_bf16_goes_through() -> None:
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=0.02, atol=0)
 
     assert not plain_chunk.pays(draw(10, past, torch.bfloat16)[0], 1.0)
+    # With matrix tiles the library's fused attention is the faster one, and says the same.
+    monkeypatch.setattr(plain_chunk, "has_tiles", lambda: True)
+    other, seen = attend_chunk(*draw(chunk, past, torch.bfloat16), scale, past, draw_folded(torch.bfloat16))
+    assert not isinstance(seen, PlainAttention)
+    torch.testing.assert_close(other.float(), out.float(), rtol=0, atol=0.03)
+    torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=0.02, atol=0)
 
 
 def test_a_chunk_in_fp32_goes_through_it_where_column_sums_are_wanted() -> None:
