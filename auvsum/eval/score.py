@@ -18,6 +18,11 @@ from auvsum.eval.texts import first_words
 FIDELITY = ("agreement", "nats")
 #: Each document's own values are kept of these alone: differences between rows and runs are taken of them.
 PAIRED = (*FIDELITY, "rouge1", "bertscore")
+#: What is counted in a row and said below the table.
+_ODD = {
+    "empty": "summaries that are empty, so that all their scores are 0",
+    "unread": "summaries in which the encoder knows no word, so that their BERTScore is 0",
+}
 #: Scores a document and row: name -> one value a document, None where it has none.
 Scores = dict[str, list[float | None]]
 
@@ -196,10 +201,9 @@ def _notes(config: EvalConfig, samples: list[dict[str, Any]], rows: dict[str, An
             notes.append(f"{name} holds more bytes than the caches beside it: a prompt needs its frame and 16 tokens")
         if row["refused"]:
             notes.append(f"{row['refused']} documents are too short for {name}: it stands for fewer documents")
-        if row["empty"]:
-            notes.append(f"{row['empty']} summaries of {name} are empty: they count as 0")
-        if row["unread"]:
-            notes.append(f"{row['unread']} summaries of {name} hold no word that the encoder knows: BERTScore 0")
+    for key, what in _ODD.items():
+        if found := [f"{row[key]} of {name}" for name, row in rows.items() if row[key]]:
+            notes.append(f"{what}: {', '.join(found)}")
     return notes
 
 

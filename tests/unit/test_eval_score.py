@@ -104,8 +104,8 @@ def test_a_summary_that_the_encoder_cannot_read_is_told(run: Run) -> None:
     for sample in samples:
         run.append(sample)
     notes = score(run, encoder=Counting())["notes"]
-    assert "1 summaries of h2o @ 10% hold no word that the encoder knows: BERTScore 0" in notes
-    assert "1 summaries of h2o @ 10% are empty: they count as 0" in notes
+    assert "summaries in which the encoder knows no word, so that their BERTScore is 0: 1 of h2o @ 10%" in notes
+    assert "summaries that are empty, so that all their scores are 0: 1 of h2o @ 10%" in notes
 
 
 def test_a_truncation_that_holds_more_bytes_is_no_comparison(run: Run) -> None:
