@@ -18,6 +18,8 @@ from auvsum.errors import ConfigError, MetricError, ModelNotFound
 
 #: A pair of long texts holds 1.5 MB in `bert-score` until its call is done.
 _PAIRS_A_CALL = 500
+#: Texts encoded together, by length: in `bert-score`'s own 64 a few long references pad all summaries to theirs.
+_BATCH = 16
 #: Its place in what was asked, a summary, its reference.
 _Numbered = tuple[int, str, str]
 
@@ -68,7 +70,8 @@ class Encoder:
                 warnings.simplefilter("ignore")
                 if self._scorer is None:
                     self._scorer = self._load()
-                _, _, f1 = self._scorer.score([h for _, h, _ in together], [r for _, _, r in together])
+                texts = [[h for _, h, _ in together], [r for _, _, r in together]]
+                _, _, f1 = self._scorer.score(*texts, batch_size=_BATCH)
             if not bool(f1.isfinite().all()):
                 raise MetricError(f"the encoder {self.name} gave scores that are not numbers", "use another --encoder")
             for (i, _, _), value in zip(together, f1.tolist(), strict=True):

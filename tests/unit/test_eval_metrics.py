@@ -120,7 +120,7 @@ def test_bertscore_is_asked_for_one_reference_at_once_and_answers_in_order() -> 
         def __init__(self) -> None:
             self.calls: list[list[str]] = []
 
-        def score(self, hypotheses: list[str], references: list[str]) -> tuple[Any, Any, torch.Tensor]:
+        def score(self, hypotheses: list[str], references: list[str], batch_size: int) -> tuple[Any, Any, torch.Tensor]:
             self.calls.append(references)
             return None, None, torch.tensor([float(hypothesis) for hypothesis in hypotheses])
 
