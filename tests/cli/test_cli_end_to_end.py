@@ -38,7 +38,7 @@ def summarize(cli: Any, model: str, *arguments: str, document: str = DOCUMENT) -
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
-@pytest.mark.parametrize("budget", ["auto", "96", "25%"])
+@pytest.mark.parametrize("budget", ["auto", "96", "15%"])
 def test_record(cli: Any, models: dict[str, str], family: str, budget: str) -> None:
     result = summarize(cli, models[family], "--budget", budget, "--format", "json")
     assert result.code == 0, result.err
