@@ -31,10 +31,11 @@ from transformers.cache_utils import Cache
 from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, EvenCodec, Metric, Tiers, make_codec
 from auvsum.cache.head_profiles import find_profile
-from auvsum.cache.policies.auv_look import AUVLook, bits_of_the_newest
+from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.cache.ragged import AAS_MOST, AAS_UNITS, Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
+from auvsum.cache.tiered import bits_of_the_newest
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import attend_chunk, attend_token
 
