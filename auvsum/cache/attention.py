@@ -7,7 +7,6 @@ query a row over the row's slots.
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from auvsum.cache.sliding import attend_window
 from auvsum.cache.store import Held
 from auvsum.errors import PolicyError
+from auvsum.kernels import optional
 from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
 if TYPE_CHECKING:
@@ -186,26 +186,14 @@ def _step(layer: LayerCache, query: Tensor, key: Tensor, value: Tensor, scale: f
     return out.view(batch, 1, heads, size)
 
 
-@functools.cache
 def fused_step(device: str) -> ModuleType | None:
     """The decode step's kernel for a type of device; None where the plain torch step runs."""
-    if device != "cuda":
-        return None
-    try:
-        from auvsum.kernels import decode_step
-    except ImportError:  # no Triton
-        return None
-    return decode_step
+    return optional("decode_step") if device == "cuda" else None
 
 
-@functools.cache
 def fused_squeeze(device: str) -> ModuleType | None:
     """The kernels that fill a row after a prompt, for a type of device; None where plain torch does."""
-    if fused_step(device) is None:
-        return None
-    from auvsum.kernels import squeeze
-
-    return squeeze
+    return optional("squeeze") if device == "cuda" else None
 
 
 def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
-import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from auvsum.budget import SlotCost
 from auvsum.cache.codec import vector_bytes
 from auvsum.cache.store import Held, SlotStore
 from auvsum.errors import PolicyError
+from auvsum.kernels import optional
 from auvsum.kernels.column_scores import ChunkAttention
 
 
@@ -227,16 +227,9 @@ def keep_recent_and_best(scores: Tensor, recent: int, best: int) -> Tensor:
     return torch.cat([top.sort(-1).values, last], -1)
 
 
-@functools.cache
 def _keep_kernel(device: str) -> ModuleType | None:
     """The kernel that chooses, for a type of device; None where plain torch does."""
-    if device != "cuda":
-        return None
-    try:
-        from auvsum.kernels import keep
-    except ImportError:  # no Triton
-        return None
-    return keep
+    return optional("keep") if device == "cuda" else None
 
 
 #: Another name of the same keys.

@@ -12,13 +12,14 @@ is again a log-sum-exp, over queries instead of keys. Flipping both sequences ma
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from auvsum.kernels import optional
 
 #: Extra head-dimension columns: three carry the bias, the rest keep the size a multiple of eight.
 _BIAS_COLUMNS = 8
@@ -191,7 +192,7 @@ def attend_chunk(
         found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded, power)
         return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)
-    joined = _triton("join") if query.device.type == "cuda" and past else None
+    joined = optional("join") if query.device.type == "cuda" and past else None
     if past:
         old, old_lse = fused_attention(query, key[:, :, :past], value[:, :, :past], scaling, causal=False)
         if joined is not None:
@@ -241,19 +242,10 @@ def _plain_chunk() -> ModuleType:
     return plain_chunk
 
 
-@functools.cache
-def _triton(name: str) -> ModuleType | None:
-    """A module of kernels; None without Triton."""
-    try:
-        return importlib.import_module(f"auvsum.kernels.{name}")
-    except ImportError:
-        return None
-
-
 def _score_kernel(query: Tensor) -> ModuleType | None:
     """The column sums' own kernel, where it is the faster way: half precision on a GPU."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return _triton("score_kernel") if query.device.type == "cuda" and half and query.shape[-1] <= 256 else None
+    return optional("score_kernel") if query.device.type == "cuda" and half and query.shape[-1] <= 256 else None
 
 
 def fused_attention(
