@@ -56,6 +56,7 @@ class Metric:
         within = root * (block[:, None] == block)
         upper = torch.linalg.solve_triangular(within, root, upper=True, left=False)
         self.upper, self.turned = upper.float(), turned.float()
+        self.head: Tensor | None = None
 
     def to(self, device: torch.device) -> Metric:
         """The same on another device."""
@@ -82,14 +83,18 @@ class Metric:
         return ((turned * y).sum(-1) / (turned * found).sum(-1).clamp_min(1e-20))[head, self.place]
 
     def _arrange(self, head: Tensor) -> None:
-        """Where each vector goes when those of a head lie side by side."""
+        """Where each vector goes when those of a head lie side by side. Known where the heads are the last call's:
+        both codecs of a vector ask, and one of them twice."""
+        if head is self.head:
+            return
         counts = torch.bincount(head, minlength=self.upper.shape[0])
         order = head.argsort(stable=True)
         place = torch.arange(head.shape[0], device=head.device) - (counts.cumsum(0) - counts)[head[order]]
-        self.head, self.place, self.longest = head, torch.empty_like(head).index_copy_(0, order, place), counts.max()
+        self.head, self.place = head, torch.empty_like(head).index_copy_(0, order, place)
+        self.longest = int(counts.max())
 
     def _spread(self, x: Tensor) -> Tensor:
-        found = x.new_zeros((self.upper.shape[0], int(self.longest), x.shape[-1]))
+        found = x.new_zeros((self.upper.shape[0], self.longest, x.shape[-1]))
         found[self.head, self.place] = x
         return found
 
@@ -141,7 +146,17 @@ class Codec:
         return self.turn_back(self.unpack([kept[where] for kept in memory]))
 
 
-class QuantizedCodec(Codec):
+class _RotatedCodec(Codec):
+    """Keeps vectors rotated."""
+
+    def turn(self, vectors: Tensor) -> Tensor:
+        return _rotate(vectors)
+
+    def turn_back(self, vectors: Tensor) -> Tensor:
+        return _rotate(vectors)
+
+
+class QuantizedCodec(_RotatedCodec):
     """Keeps vectors in 8 or 4 bits a channel.
 
     Args:
@@ -184,14 +199,8 @@ class QuantizedCodec(Codec):
         low, step = scales.to(self.dtype).chunk(2, -1)
         return torch.addcmul(low, grouped, step).flatten(-2)
 
-    def turn(self, vectors: Tensor) -> Tensor:
-        return _rotate(vectors)
 
-    def turn_back(self, vectors: Tensor) -> Tensor:
-        return _rotate(vectors)
-
-
-class EvenCodec(Codec):
+class EvenCodec(_RotatedCodec):
     """Keeps vectors in 3 or 2 bits a channel.
 
     Args:
@@ -237,12 +246,6 @@ class EvenCodec(Codec):
         found: Tensor = _grouped(codes.to(self.dtype)).sub_(self.middle).mul_(step.to(self.dtype))
         return found.flatten(-2)
 
-    def turn(self, vectors: Tensor) -> Tensor:
-        return _rotate(vectors)
-
-    def turn_back(self, vectors: Tensor) -> Tensor:
-        return _rotate(vectors)
-
 
 class Tiers:
     """Vectors in two codecs that turn alike; a mask beside them tells which are in the finer one. `memory` holds the
@@ -266,14 +269,16 @@ class Tiers:
         return [x for codec, own in parts
                 for x in codec.pack(vectors[own], None if head is None else head[own], metric)]  # fmt: skip
 
-    def unpack(self, memory: list[Tensor], fine: Tensor, index: Tensor | None = None) -> Tensor:
-        """Those at `index`, all `[N, D]` without it, in the turned space."""
+    def unpack(self, memory: list[Tensor], fine: Tensor) -> Tensor:
+        """All `[N, D]` in the turned space."""
+        return self.read(memory, None if self.coarse is None else self.places(fine))
+
+    def read(self, memory: list[Tensor], at: Tensor | None) -> Tensor:
+        """Vectors in the turned space, where `at` finds them among all, those of the finer codec first."""
         found = self.fine.unpack(memory[: self.parts])
         if self.coarse is not None:
             found = torch.cat([found, self.coarse.unpack(memory[self.parts :])])
-            places = self.places(fine)
-            index = places if index is None else places[index]
-        return found if index is None else found[index]
+        return found if at is None else found[at]
 
     @staticmethod
     def places(fine: Tensor) -> Tensor:
@@ -296,8 +301,8 @@ class Tiers:
         """The vectors `order`, int64 `[K]`, in that order."""
         if self.coarse is None:
             return [x[order] for x in memory]
-        chosen = fine[order]
-        best, rest = (fine.cumsum(0) - 1)[order[chosen]], ((~fine).cumsum(0) - 1)[order[~chosen]]
+        chosen, places = fine[order], self.places(fine)[order]
+        best, rest = places[chosen], places[~chosen] - fine.sum()
         return [*(x[best] for x in memory[: self.parts]), *(x[rest] for x in memory[self.parts :])]
 
 

@@ -288,8 +288,8 @@ class HeadsLayer(UncountedLayer):
         if held.unpacked is not None:
             return held.unpacked
         index, padding = held.padded()
-        fine = held.fine
-        keys, values = (self.codec.unpack(kept, fine, index) for kept in (held.keys, held.values))
+        at = index if self.codec.coarse is None else self.codec.places(held.fine)[index]
+        keys, values = (self.codec.read(kept, at) for kept in (held.keys, held.values))
         found = keys, values, index, padding
         if self.keeps_unpacked:
             held.unpacked = found
@@ -581,8 +581,8 @@ class HeadsCache(Cache):  # type: ignore[misc]
             assert isinstance(held, Open)
             layer.row, layer.before = row, before
             groups, tokens, size = held.key.shape
-            totals = (torch.zeros(groups, width, device=held.key.device) for width in (tokens, size * size))
-            layer.looks = _Seen(next(totals), next(totals).view(groups, size, size))
+            total, moments = (torch.zeros(groups, *own, device=held.key.device) for own in ((tokens,), (size, size)))
+            layer.looks = _Seen(total, moments)
             layer.draft = Open(held.key[:, :0], held.value[:, :0]) if drafts else None
             found.append(layer.looks)
         try:

@@ -61,8 +61,8 @@ class TieredPolicy(Policy):
     def slot_bytes(self, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
         """Of a head's slot, and of one that just made it."""
         rest = self.coarse_bits(head_dim, bits) or bits
-        both = (2 * vector_bytes(head_dim, element_bytes, kept) + _SLOT_BYTES for kept in (bits, rest))
-        return next(both), next(both)
+        dear, cheap = (2 * vector_bytes(head_dim, element_bytes, kept) + _SLOT_BYTES for kept in (bits, rest))
+        return dear, cheap
 
     def tiers(self, room: int, tokens: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
         """How many tokens, over all heads, the bytes of `room` whole slots hold, and how many of these in `bits`."""
