@@ -298,18 +298,13 @@ def _level(metrics: dict[str, Any], metric: str, label: str) -> str:
         sign = 1 if first["policy"] == "auv-look" else -1
         low, high = sorted((sign * pair["low"], sign * pair["high"]))
         full = "full" in (first["kind"], second["kind"])
-        verdict = (
-            (
-                "within a point"
-                if low > -1
-                else "not certain to be within a point"
-                if high > -1
-                else "more than a point off"
-            )
-            if full
-            else ("above" if low > 0 else "below" if high < 0 else "not told apart")
-        )
-        other = "the full cache" if full else "the truncated prompt"
+        if full:
+            other = "the full cache"
+            known = "within a point" if low > -1 else "more than a point off" if high <= -1 else None
+            verdict = known or "not certain to be within a point"
+        else:
+            other = "the truncated prompt"
+            verdict = "above" if low > 0 else "below" if high < 0 else "not told apart"
         budget = (second if sign < 0 else first)["budget"]
         said.append(f"{other} at {budget}: {sign * pair['mean']:+.1f} [{low:+.1f}, {high:+.1f}], {verdict}")
     return f"{label} of auv-look against {'; '.join(said)}." if said else ""
