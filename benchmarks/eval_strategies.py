@@ -331,7 +331,7 @@ def _lexrank(todo: tuple[str, str, str, int]) -> dict[str, Any]:
 def score(given: argparse.Namespace) -> None:
     """Scores of every summary and of the document's first words at the same length; one JSON file, no texts.
 
-    Scores of the same summary that the file has already are kept.
+    What the file has already is kept: scores of the same summary, and rows that this run does not have.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -341,7 +341,7 @@ def score(given: argparse.Namespace) -> None:
 
     assert given.json is not None
     old = json.loads(given.json.read_text(encoding="utf-8"))["rows"] if given.json.is_file() else []
-    known = {(row["case"], row["set"], row["id"], row.get("sha256")): row for row in old}
+    scored: dict[tuple[str, str, str], dict[str, Any]] = {(row["case"], row["set"], row["id"]): row for row in old}
 
     examples = {(name, example.id): example for name, example in documents(given)}
     rows = [row for row in rows_of(given.out) if (row["set"], row["id"]) in examples]
@@ -351,7 +351,6 @@ def score(given: argparse.Namespace) -> None:
     def rouge_l(text: str, reference: str) -> float:
         return 100 * float(rouge.score(reference, text)["rougeL"].fmeasure)
 
-    scored: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
         key = (row["case"], row["set"], row["id"])
         mine = scored.setdefault(key, {"case": row["case"], "set": row["set"], "id": row["id"]})
@@ -360,8 +359,7 @@ def score(given: argparse.Namespace) -> None:
             continue
         example = examples[row["set"], row["id"]]
         sha256 = hashlib.sha256(row["summary"].encode()).hexdigest()[:16]
-        if kept := known.get((*key, sha256)):
-            mine |= kept
+        if mine.get("sha256") == sha256:
             continue
         words = len(row["summary"].split())
         lead = first_words(example.document, words)
