@@ -41,10 +41,11 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str, seed: int = 6) -> PreTrainedModel:
     gemma = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 12,
+        "tie_word_embeddings": False,  # tied and random, it repeats its last token
     }
     config, kind = {
         "mistral": lambda: (MistralConfig(**_SHAPE, sliding_window=None), MistralForCausalLM),
@@ -58,7 +59,7 @@ def build(family: str) -> PreTrainedModel:
     }[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tiny._sharpen(kind(config).float(), seed=6)
+        return tiny._sharpen(kind(config).float(), seed)
 
 
 @pytest.fixture(scope="module")
