@@ -677,8 +677,6 @@ class HeadsCache(Cache):  # type: ignore[misc]
     def rest(self, row: int) -> None:
         """A row takes no further part in decoding; what it holds means nothing from now on."""
         self.writing.active[row] = False
-        for window in self.sliding:
-            window.rest(row)
 
     def allocate(self, **_: Any) -> None:
         """Nothing is allocated before a prompt shows which head needs what."""

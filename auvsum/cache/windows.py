@@ -103,8 +103,6 @@ class WindowLayer(LayerCache):
     def clear(self, row: int) -> None:
         """Frees the end of a row's prompt; its slots stay for the next."""
         self.ends.pop(row, None)
-        if self.is_initialized:
-            self.unread.add(row)
 
     def reset(self) -> None:
         super().reset()
@@ -114,8 +112,3 @@ class WindowLayer(LayerCache):
         """Bytes that a row has allocated in this layer."""
         end = sum(x.untyped_storage().nbytes() for x in self.ends.get(row, ()))
         return end + self.bytes // len(self.writing.active)
-
-    def rest(self, row: int) -> None:
-        """A row takes no further part."""
-        if self.is_initialized:
-            self.store.active[row].fill_(False)

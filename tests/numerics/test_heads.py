@@ -363,6 +363,22 @@ def test_windows_are_held_beside_what_is_ranked() -> None:
     assert cache.bytes() == held + 2 * (window.fixed + 16 * window.per_slot)
     for layer in cache.sliding:
         assert [layer.held_positions(0, group) for group in range(2)] == [list(range(184, 200))] * 2
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        model(torch.tensor([[5]]), position_ids=torch.tensor([[200]]), past_key_values=cache)
+    assert cache.sliding[0].held_positions(0, 0) == list(range(185, 201))
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_a_prompt_that_was_given_up_leaves_nothing(name: str) -> None:
+    model, ids = SLIDING[name](), tiny.tokens(60, 5)
+    cache = HeadsCache(model.config, AUVLook(), 300)
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        for length in (30, 60):
+            cache.begin(length)
+            with cache.reading(0):
+                logits = model(ids[:, :length], past_key_values=cache).logits
+    with harness.attention(model, "eager"), torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "off"), [(16, 1e-4), (8, 0.4)])
