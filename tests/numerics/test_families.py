@@ -41,7 +41,7 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def build(family: str, seed: int = 6) -> PreTrainedModel:
+def build(family: str, seed: int = 6, **changes: Any) -> PreTrainedModel:
     gemma = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 12,
@@ -53,7 +53,7 @@ def build(family: str, seed: int = 6) -> PreTrainedModel:
         "qwen2": lambda: (Qwen2Config(**{k: v for k, v in _SHAPE.items() if k != "head_dim"}), Qwen2ForCausalLM),
         "qwen3": lambda: (Qwen3Config(**_SHAPE), Qwen3ForCausalLM),
         "gemma3": lambda: (
-            Gemma3TextConfig(**{**_SHAPE, "num_hidden_layers": 4}, sliding_window=WINDOW, **gemma),
+            Gemma3TextConfig(**{**_SHAPE, "num_hidden_layers": 4, **changes}, sliding_window=WINDOW, **gemma),
             Gemma3ForCausalLM,
         ),
     }[family]()
