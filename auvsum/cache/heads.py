@@ -513,7 +513,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
                 "use policy full, which holds just the window, or load the model with sliding_window=None",
             )
         self.policy, self.bits, self.windows = policy, bits, windows
-        self._slots = [window or slots for window in windows] if isinstance(slots, int) else list(slots)
+        self._slots = [slots] * len(windows) if isinstance(slots, int) else list(slots)
         self._granted = [self._mean(slots)] * rows
         if self._granted[0] < policy.least_slots:
             message = f"policy {policy.name!r} needs at least {policy.least_slots} slots, not {self._granted[0]}"
@@ -690,7 +690,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
 
     @property
     def slots(self) -> list[int]:
-        """Slots granted to each layer, a head, before the ranking shares them out; windows are their own."""
+        """Slots granted to each layer, a head, before the ranking shares them out."""
         return self._slots
 
     def _mean(self, slots: int | Sequence[int]) -> int:
