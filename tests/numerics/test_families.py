@@ -42,8 +42,9 @@ _SHAPE: dict[str, Any] = {
 
 
 def build(family: str, seed: int = 6, **changes: Any) -> PreTrainedModel:
+    layers = changes.get("num_hidden_layers", 4)
     gemma = {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
         "query_pre_attn_scalar": 12,
         "tie_word_embeddings": False,  # tied and random, it repeats its last token
     }
@@ -53,7 +54,7 @@ def build(family: str, seed: int = 6, **changes: Any) -> PreTrainedModel:
         "qwen2": lambda: (Qwen2Config(**{k: v for k, v in _SHAPE.items() if k != "head_dim"}), Qwen2ForCausalLM),
         "qwen3": lambda: (Qwen3Config(**_SHAPE), Qwen3ForCausalLM),
         "gemma3": lambda: (
-            Gemma3TextConfig(**{**_SHAPE, "num_hidden_layers": 4, **changes}, sliding_window=WINDOW, **gemma),
+            Gemma3TextConfig(**{**_SHAPE, "num_hidden_layers": 4, **gemma, **changes}, sliding_window=WINDOW),
             Gemma3ForCausalLM,
         ),
     }[family]()
