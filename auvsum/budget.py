@@ -89,6 +89,11 @@ class CacheShape:
         """Bytes of one token's keys and values over all layers."""
         return self.layers * 2 * self.kv_heads * self.head_dim * self.element_bytes
 
+    @property
+    def without_windows(self) -> CacheShape:
+        """The layers with full attention alone, which share what a budget grants."""
+        return CacheShape(self.layers - len(self.windows), self.kv_heads, self.head_dim, self.element_bytes)
+
     def full_bytes(self, tokens: int) -> int:
         """Bytes of the keys and values of that many tokens in a cache that loses nothing it will need."""
         missing = sum(max(0, tokens - window) for window in self.windows)

@@ -232,13 +232,17 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """What the attention function does in this layer, given what `update` returned."""
         return attention.attend(self, query, key, value, scale, tokens)
 
-    def take(self, row: int, key: Tensor, value: Tensor, seen: ChunkAttention) -> None:
-        """A whole prompt `[1, G, n, D]` that was attended to elsewhere."""
+    def take(self, row: int, key: Tensor, value: Tensor, seen: ChunkAttention | None) -> None:
+        """A whole prompt `[1, G, n, D]` that was attended to elsewhere; `seen` is None where the layer slides."""
         self.row, self.reads_prompt = row, True
         self.update(key, value)
         if self.store.counts[row].seen:
             raise PolicyError("a prompt is taken whole", "begin the row anew before")
-        attention.choose_and_fill(self, row, attention.hold(self, row, key, value), seen)
+        held = attention.hold(self, row, key, value)
+        if seen is None:
+            self.store.fill(row, held, self.policy.choose(held, self.store.counts[row].capacity))
+        else:
+            attention.choose_and_fill(self, row, held, seen)
         self.row, self.reads_prompt = None, False
 
     @property

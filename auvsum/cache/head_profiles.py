@@ -28,7 +28,7 @@ _SHIPPED = Path(__file__).with_name("profiles")
 
 @dataclass(frozen=True)
 class Profile:
-    """Factors on `auv-look`'s scores, as natural logarithms, `[layers][KV heads]`.
+    """Factors on `auv-look`'s scores, as natural logarithms, `[layers][KV heads]`; layers that slide have none.
 
     Attributes:
         model: the name it was made with. shape: of the models that it fits, see `shape_of`.

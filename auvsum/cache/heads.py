@@ -11,6 +11,8 @@ row writes, new tokens gather in a write region in the model's type; when it is 
     cache.settle(0, second_look(model, cache, 0, ids, document=(start, end), first=token))
     model(token, position_ids=..., past_key_values=cache, ...)
 
+Layers with a sliding window hold it as it is (`cache/windows.py`); "all layers" are the others, which rank.
+
 Shapes: M rows that write, G KV heads, D head size, n prompt tokens, N slots of a layer over rows and heads, V tokens
 of its write regions together, T tokens that arrive (one in decoding).
 """
@@ -36,6 +38,7 @@ from auvsum.cache.ragged import AAS_MOST, AAS_UNITS, Slots, Writing
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.cache.tiered import bits_of_the_newest
+from auvsum.cache.windows import WindowLayer
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import attend_chunk, attend_token
 
@@ -493,22 +496,25 @@ class HeadsCache(Cache):  # type: ignore[misc]
     Args:
         config: the model's configuration.
         slots: the budget: slots a head, on average over layers and heads; or one number a layer, of which the mean
-            counts.
+            counts. Layers with a sliding window hold that beside it.
         rows: sequences held together. bits: of a stored channel, 16, 8 or 4.
 
     Raises:
-        PolicyError: too few slots, or a model with sliding windows.
+        PolicyError: too few slots, or a model of which every layer has a sliding window.
     """
 
     def __init__(
         self, config: Any, policy: AUVLook, slots: int | Sequence[int], *, rows: int = 1, bits: int = 16
     ) -> None:
         windows = layer_windows(config)
-        if any(window is not None for window in windows):
-            raise PolicyError(f"policy {policy.name!r} does not support sliding windows", "use --policy auv or h2o")
-        self.policy, self.bits = policy, bits
+        if None not in windows:
+            raise PolicyError(
+                f"policy {policy.name!r} has nothing to do: every layer of this model has a sliding window",
+                "use policy full, which holds just the window, or load the model with sliding_window=None",
+            )
+        self.policy, self.bits, self.windows = policy, bits, windows
         self._slots = [slots] * len(windows) if isinstance(slots, int) else list(slots)
-        self._granted = [_mean(slots)] * rows
+        self._granted = [self._mean(slots)] * rows
         if self._granted[0] < policy.least_slots:
             message = f"policy {policy.name!r} needs at least {policy.least_slots} slots, not {self._granted[0]}"
             raise PolicyError(message, f"give it {policy.least_slots} or more")
@@ -520,9 +526,14 @@ class HeadsCache(Cache):  # type: ignore[misc]
         moments = None if profile is None or bits != 4 else profile.moments()
         metric = None if moments is None else Metric(moments.flatten(0, 1))
         full: list[HeadsLayer] = []
-        count = len(windows)
-        super().__init__(layers=[HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)])
-        for layer in self.layers:
+        count = windows.count(None)
+        #: The layers that have no sliding window, by their number among these.
+        self.ranked = [HeadsLayer(policy, bits, self.writing, (number, count)) for number in range(count)]
+        ranked = iter(self.ranked)
+        super().__init__(
+            layers=[WindowLayer(w, self.writing, _LOOK_CHUNK) if w is not None else next(ranked) for w in windows]
+        )
+        for layer in self.ranked:
             layer.factors = None if self.factors is None else self.factors[layer.number]
             layer.metric, layer.full = metric, full
 
@@ -544,7 +555,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         if rotary is not None:
             raise PolicyError(f"policy {self.policy.name!r} cannot stream", "use --policy auv or h2o")
         if slots is not None:
-            self._granted[row] = _mean(slots)
+            self._granted[row] = self._mean(slots)
         self._peak = 0
         self.writing.active[row], self.writing.width[row] = True, 0
         for layer in self.layers:
@@ -557,7 +568,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
 
     def regions(self, row: int) -> tuple[int, int]:
         """Slots of an open row's candidates, a head on average, and the tokens of its write region."""
-        held = self.layers[0].rows[row]
+        held = self.ranked[0].rows[row]
         assert isinstance(held, Open)
         return self.policy.regions(
             self._granted[row], head_dim=held.key.shape[-1], element_bytes=held.key.element_size(), bits=self.bits
@@ -575,21 +586,26 @@ class HeadsCache(Cache):  # type: ignore[misc]
             drafts: each call sees the tokens of the calls before it.
             before: they are the prompt's own tokens from this one on, once more; by default they follow the prompt.
         """
-        found = []
-        for layer in self.layers:
+        found, again = [], 0
+        for layer in self.ranked:
             held = layer.rows[row]
             assert isinstance(held, Open)
             layer.row, layer.before = row, before
             groups, tokens, size = held.key.shape
+            again = 0 if before is None else tokens - before
             total, moments = (torch.zeros(groups, *own, device=held.key.device) for own in ((tokens,), (size, size)))
             layer.looks = _Seen(total, moments)
             layer.draft = Open(held.key[:, :0], held.value[:, :0]) if drafts else None
             found.append(layer.looks)
+        for window in self.sliding:
+            window.look(row, drafts=drafts, again=again)
         try:
             yield found
         finally:
             self._note_peak(row)
-            for layer in self.layers:
+            for window in self.sliding:
+                window.look_away()
+            for layer in self.ranked:
                 layer.row, layer.looks, layer.draft, layer.before = None, None, None, None
 
     def settle(self, row: int, look: Look | None) -> None:
@@ -602,13 +618,13 @@ class HeadsCache(Cache):  # type: ignore[misc]
             PolicyError: no look, and more tokens than slots.
         """
         self._note_peak(row)
-        first = self.layers[0].rows[row]
+        first = self.ranked[0].rows[row]
         assert first is not None
         groups, tokens, size = first.key.shape
         room, write = self.regions(row)
-        layers = len(self.layers)
+        layers = len(self.ranked)
         heads = layers * groups
-        dear, cheap = self.layers[0].slot_bytes
+        dear, cheap = self.ranked[0].slot_bytes
         # In more bits what is left to gain is not worth the time.
         metrics: Sequence[Metric | None] = (look.metrics if look and self.bits == 4 else None) or [None] * layers
         if look is None:
@@ -619,7 +635,8 @@ class HeadsCache(Cache):  # type: ignore[misc]
             score = self.policy.blend(look.looked, look.drafted, look.asked)
         ranking = score
         if self.policy.value_norm:
-            ranking = score * torch.stack([layer.rows[row].value.float().norm(dim=-1) for layer in self.layers])
+            held = [layer.rows[row] for layer in self.ranked]
+            ranking = score * torch.stack([one.value.float().norm(dim=-1) for one in held if one])
         if self.factors is not None:
             ranking = ranking * self.factors[..., :1].to(ranking.device)
         # The first token stays in every head: it takes the attention that a query has no use for.
@@ -634,12 +651,14 @@ class HeadsCache(Cache):  # type: ignore[misc]
         counts = torch.bincount(best // tokens, minlength=heads).view(layers, groups).tolist()
         head, position = best // tokens % groups, best % tokens
         shares = [sum(own) for own in counts]
-        parts = (part.split(shares) for part in (head, position, fine))
-        for layer, *own, per_head, scored, metric in zip(self.layers, *parts, counts, score, metrics, strict=True):
-            held = dear * room * groups
+        parts = (torch.split(part, shares) for part in (head, position, fine))
+        for layer, *own, per_head, scored, metric in zip(self.ranked, *parts, counts, score, metrics, strict=True):
+            most = dear * room * groups
             if count < tokens * heads:
-                held = cheap * len(own[2]) + (dear - cheap) * int(own[2].sum())
-            layer.keep(row, *own, per_head, scored, metric, held, write)
+                most = cheap * len(own[2]) + (dear - cheap) * int(own[2].sum())
+            layer.keep(row, *own, per_head, scored, metric, most, write)
+        for window in self.sliding:
+            window.close(row, tokens)
         self.writing.start(row, write, tokens)
 
     def copy_rows(self, count: int) -> None:
@@ -665,9 +684,21 @@ class HeadsCache(Cache):  # type: ignore[misc]
     # -- looking in from outside --------------------------------------------------------------------------------------
 
     @property
+    def sliding(self) -> list[WindowLayer]:
+        """The other layers."""
+        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
+
+    @property
     def slots(self) -> list[int]:
         """Slots granted to each layer, a head, before the ranking shares them out."""
         return self._slots
+
+    def _mean(self, slots: int | Sequence[int]) -> int:
+        """Slots a layer that ranks."""
+        if isinstance(slots, int):
+            return slots
+        own = [number for number, window in zip(slots, self.windows, strict=True) if window is None]
+        return sum(own) // len(own)
 
     @property
     def rows(self) -> int:
@@ -714,7 +745,9 @@ def second_look(
     policy, tokens = cache.policy, len(ids)
     if cache.regions(row)[0] >= tokens:
         return None
-    device = cache.layers[0].rows[row].key.device
+    held = cache.ranked[0].rows[row]
+    assert held is not None
+    device = held.key.device
 
     def see(token_ids: Sequence[int], start: int) -> Tensor:
         out = model(
@@ -763,7 +796,3 @@ def second_look(
             "use --policy auv, or a shorter document",
         )
     return Look(looked, drafted, asked, torch.stack(moments).mean(0) if moments else None)
-
-
-def _mean(slots: int | Sequence[int]) -> int:
-    return slots if isinstance(slots, int) else sum(slots) // len(slots)

@@ -6,6 +6,7 @@ the budget is what the other layers share.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from auvsum.cache.policy import Policy
 from auvsum.cache.rings import Ring
 from auvsum.cache.store import Held, SlotStore
 from auvsum.kernels.column_scores import ChunkAttention
@@ -24,6 +26,12 @@ def layer_windows(config: Any) -> list[int | None]:
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def slots_by_layer(policy: Policy, slots: int, windows: Sequence[int | None], tokens: int) -> list[int]:
+    """Slots of every layer for a prompt of that many tokens: a window's own, or a share of `slots` a layer."""
+    shared = iter(policy.layer_slots(slots, windows.count(None), tokens))
+    return [next(shared) if window is None else window for window in windows]
 
 
 @dataclass(frozen=True)

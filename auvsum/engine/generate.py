@@ -25,7 +25,7 @@ from auvsum.cache.heads import HeadsCache
 from auvsum.cache.policies.auv_look import AUVLook
 from auvsum.cache.policy import Policy
 from auvsum.cache.rotary import Rotary
-from auvsum.cache.sliding import layer_windows
+from auvsum.cache.sliding import layer_windows, slots_by_layer
 from auvsum.engine.fuse import fuse
 from auvsum.engine.graph import NOT_FINITE, RESTS, DecodeGraph, why_not
 from auvsum.engine.kept import Kept
@@ -395,8 +395,7 @@ class Engine:
         """The slots of every layer; a layer with a sliding window has its own."""
         if not isinstance(request.slots, int):
             return list(request.slots)
-        shared = iter(self.policy.layer_slots(request.slots, self.windows.count(None), len(request.ids)))
-        return [next(shared) if window is None else window for window in self.windows]
+        return slots_by_layer(self.policy, request.slots, self.windows, len(request.ids))
 
     @staticmethod
     def _look_ahead(waiting: Waiting, incoming: Iterator[tuple[int, Request]]) -> None:

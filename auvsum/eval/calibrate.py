@@ -6,14 +6,15 @@ slots, softly at first and harder as it goes on, and the factors follow the grad
 tokens compete, too, once they have left the write region. Nothing but two numbers a head is learned: 180 for 90 heads.
 Beside them the profile tells in which directions each head's queries lie, by which the bits of written keys are chosen.
 
-Shapes: L layers, G KV heads, H query heads, D head size, n prompt tokens, T summary tokens, B budgets.
+Shapes: L layers (those without a sliding window), G KV heads, H query heads, D head size, n prompt tokens, T summary
+tokens, B budgets.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from auvsum.cache.codec import vector_bytes
 from auvsum.cache.head_profiles import Profile, few_directions, shape_of
 from auvsum.cache.heads import HeadsCache, second_look
 from auvsum.cache.policies.auv_look import AUVLook
+from auvsum.cache.sliding import attend_window, layer_windows
+from auvsum.cache.windows import WindowLayer
 from auvsum.engine.models import LoadedModel
 from auvsum.errors import DocumentError, DocumentTooLong
 
@@ -49,6 +52,8 @@ class Lesson:
         written: scores of the summary's tokens but the last, `[L, G, T - 1]`, on the same scale.
         nats: of the summary's tokens from the second on, with the full cache: fp32 `[T - 1]`.
         moments: of the queries of a second look, `[L, G, D, D]`; None for unknown.
+        windows: of the layers that slide, by their number in the model: the prompt's end, keys and values
+            `[1, G, m, D]`.
     """
 
     ids: list[int]
@@ -59,6 +64,7 @@ class Lesson:
     written: Tensor
     nats: Tensor
     moments: Tensor | None = None
+    windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Calibration:
 
     def __init__(self, loaded: LoadedModel, progress: Progress = lambda _: None) -> None:
         self.loaded, self.progress, self.model = loaded, progress, loaded.model
-        self.policy = AUVLook(profile=False)
+        self.policy, self.windows = AUVLook(profile=False), layer_windows(loaded.model.config)
         #: What the attention function looks at while the model reads a summary.
         self._lesson: Lesson | None = None
         self._gates: tuple[Tensor, Tensor] | None = None
@@ -158,10 +164,11 @@ class Calibration:
         look = second_look(model, cache, 0, ids, document, None)
         assert look is not None
         key, value = (torch.stack(part) for part in zip(*((r.key, r.value) for r in
-                      (layer.rows[0] for layer in cache.layers)), strict=True))  # fmt: skip
+                      (layer.rows[0] for layer in cache.ranked) if r), strict=True))  # fmt: skip
         read = policy.blend(look.looked, drafted, look.asked)
         none = torch.zeros(0)
-        lesson = Lesson(list(ids), summary, key, value, read, none, none, look.moments)
+        ends = {number: layer.ends[0] for number, layer in enumerate(cache.layers) if isinstance(layer, WindowLayer)}
+        lesson = Lesson(list(ids), summary, key, value, read, none, none, look.moments, ends)
         self._paid = []
         lesson.nats = self._read(lesson, None, 1)[0]
         lesson.written = torch.stack(self._paid)
@@ -191,8 +198,16 @@ class Calibration:
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float = 1.0, **_: Any
     ) -> tuple[Tensor, None]:
-        lesson, layer = self._lesson, module.layer_idx
+        lesson, window = self._lesson, self.windows[module.layer_idx]
         assert lesson is not None
+        if window is not None:
+            ends = lesson.windows[module.layer_idx]
+            keys, values = (
+                torch.cat([x.expand(len(own), -1, -1, -1), own], 2) for x, own in zip(ends, (key, value), strict=True)
+            )
+            past = keys.shape[2] - key.shape[2]
+            return attend_window(query, keys, values, scaling, past, window).transpose(1, 2), None
+        layer = self.windows[: module.layer_idx].count(None)
         (rows, heads, tokens, size), groups = query.shape, key.shape[1]
         asked = query.reshape(rows, groups, -1, size)
         before = (asked @ lesson.key[layer].mT).float().mul_(scaling)

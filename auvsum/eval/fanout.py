@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache
 
 from auvsum.cache.cache import BudgetedCache, LayerCache, UncountedLayer
 from auvsum.cache.heads import HeadsCache, HeadsLayer
+from auvsum.cache.sliding import attend_window
+from auvsum.cache.windows import WindowLayer
 from auvsum.errors import PolicyError
 from auvsum.kernels.column_scores import ChunkAttention, attend_chunk
 
@@ -52,14 +54,11 @@ class FanOut(Cache):  # type: ignore[misc]
 class _FanLayer(UncountedLayer):
     """One layer of all caches."""
 
-    def __init__(self, members: Sequence[LayerCache | HeadsLayer]) -> None:
+    def __init__(self, members: Sequence[LayerCache | HeadsLayer | WindowLayer]) -> None:
         super().__init__()
         self.members = list(members)
         self.targets: list[tuple[int, int]] | None = None
-        #: A layer that slides attends otherwise while it reads; such models are refused.
-        self.window: int | None = getattr(self.members[0], "window", None)
-        if self.window is not None:
-            raise PolicyError("the evaluation does not support layers with a sliding window", "use another model")
+        self.window = self.members[0].window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -89,6 +88,10 @@ class _FanLayer(UncountedLayer):
         return torch.cat(parts)
 
     def _read(self, targets: list[tuple[int, int]], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.window is not None:
+            for number, row in targets:
+                self.members[number].take(row, key, value, None)
+            return attend_window(query, key, value, scale, 0, self.window).transpose(1, 2)
         out, seen = attend_chunk(query, key, value, scale, 0)
         shared = _Shared(**{f.name: getattr(seen, f.name) for f in fields(ChunkAttention)}, seen=seen)
         for number, row in targets:

@@ -18,6 +18,7 @@ from auvsum.cache.heads import HeadsCache, Look, second_look
 from auvsum.cache.policies.auv import AUV
 from auvsum.cache.policies.auv_v4 import AuvV4
 from auvsum.cache.policy import Policy, make_policy
+from auvsum.cache.sliding import layer_windows, slots_by_layer
 from auvsum.engine.generate import make_cache
 from auvsum.errors import GenerationFailed
 from auvsum.eval.fanout import FanOut
@@ -135,7 +136,7 @@ class _Batch:
             make_cache(model.config, key[0], [max(layer) for layer in zip(*sizes[key], strict=True)], len(rows), key[2])
             for key, rows in members.items()
         ]
-        for layer in (layer for one in self.caches if isinstance(one, HeadsCache) for layer in one.layers):
+        for layer in (layer for one in self.caches if isinstance(one, HeadsCache) for layer in one.ranked):
             layer.keeps_unpacked = True  # what is measured here is quality
         self.rows: list[_Row] = []
         for cache, rows in enumerate(members.values()):
@@ -195,10 +196,10 @@ class _Batch:
 
     def _per_layer(self, start: Start, document: int) -> list[int]:
         """Slots of every layer."""
-        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         if not isinstance(start.slots, int):
             return list(start.slots)
-        return start.policy.layer_slots(start.slots, layers, len(start.prompt or self.prompts[document]))
+        tokens = len(start.prompt or self.prompts[document])
+        return slots_by_layer(start.policy, start.slots, layer_windows(self.model.config), tokens)
 
     def _settle(self, document: int, prompt: tuple[int, ...], numbers: list[int], token: int) -> None:
         """The second look of the rows whose policy takes one: once for all that ask the same, whatever the budget."""
@@ -233,15 +234,16 @@ class _Batch:
         return self.prompts[row.document] if own is None else own
 
     def _kept(self) -> list[Tensor]:
-        """For each row the share of (layer, head) pairs that hold each token of its prompt."""
+        """For each row the share of (layer, head) pairs that hold each token of its prompt, windows left aside."""
         shares = []
         for number, cache in enumerate(self.caches):
             rows = cache.rows // 2 if self.twice and number else cache.rows
             longest = max(len(self._prompt(row)) for row in self.rows if row.cache == number)
             total = torch.zeros((rows, longest + 1), dtype=torch.float32, device=self.device)
-            for layer in cache.layers:
+            layers = [layer for layer in cache.layers if layer.window is None]
+            for layer in layers:
                 layer.add_kept(total)
-            shares.append((total / sum(layer.heads for layer in cache.layers)).cpu())
+            shares.append((total / sum(layer.heads for layer in layers)).cpu())
         return [shares[row.cache][row.row % len(shares[row.cache]), : len(self._prompt(row))] for row in self.rows]
 
     # -- writing ------------------------------------------------------------------------------------------------------

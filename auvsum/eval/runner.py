@@ -69,6 +69,8 @@ class Runner:
     ) -> None:
         self.config, self.loaded, self.batch_size, self.progress = config, loaded, batch_size, progress
         self.cells = cells(config)
+        #: Of what budgets are shares of. Windows are the same in every cache, and a short document is all windows.
+        self.shape = loaded.shape.without_windows
         self.task = task_of(config.dataset)
         self.all_examples = examples
         shots, self.examples = select(config, examples)
@@ -127,7 +129,8 @@ class Runner:
             starts = [start for start, _, _ in work.starts.values()]
             # A row takes its cache, where all have the slots of the largest, and its logits in three types.
             slots = max((_mean(start.slots) for start in starts), default=0)
-            free -= 2 * len(starts) * (slots * self._token_bytes * _ROW_OVERHEAD + 14 * vocabulary)
+            held = slots * self._token_bytes + self._window_bytes
+            free -= 2 * len(starts) * (held * _ROW_OVERHEAD + 14 * vocabulary)
             # One that gives each head its own number keeps them unpacked, padded to a head that may hold the prompt.
             by_head = sum(start.policy.by_head for start in starts)
             free -= 2 * by_head * len(work.asked.prompt.ids if work.asked else ()) * self._token_bytes
@@ -210,14 +213,14 @@ class Runner:
             if cell.policy is None:
                 continue
             try:
-                budget = resolved(cell, self.loaded.shape, len(asked.prompt.ids), self.prompter.max_new_tokens)
+                budget = resolved(cell, self.shape, len(asked.prompt.ids), self.prompter.max_new_tokens)
             except BudgetError as error:
                 work.refused[cell.name] = error
                 continue
             if cell.kind == "cut":
                 prompt = self.prompter.truncated(asked, budget.slots)
                 slots = len(prompt.ids) + self.prompter.max_new_tokens
-                size = len(prompt.ids) * self.loaded.shape.token_bytes
+                size = len(prompt.ids) * self._token_bytes
                 work.starts[cell.name] = (
                     Start(cell.policy, slots, prompt.ids, self._group(cell)),
                     len(prompt.ids),
@@ -294,7 +297,7 @@ class Runner:
             **head,
             "tokens": {"document": asked.document_tokens, "prompt": len(asked.prompt.ids)},
             "shortened": asked.cut_tokens,
-            "full_bytes": len(asked.prompt.ids) * self.loaded.shape.token_bytes,
+            "full_bytes": len(asked.prompt.ids) * self._token_bytes,
             "rows": rows,
             "pieces": pieces,
         }
@@ -337,7 +340,12 @@ class Runner:
 
     @property
     def _token_bytes(self) -> int:
-        return self.loaded.shape.token_bytes
+        return self.shape.token_bytes
+
+    @property
+    def _window_bytes(self) -> int:
+        whole = self.loaded.shape
+        return sum(whole.windows) * whole.token_bytes // whole.layers
 
 
 def _digest(example: Example) -> str:

@@ -41,10 +41,12 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str, seed: int = 6, **changes: Any) -> PreTrainedModel:
+    layers = changes.get("num_hidden_layers", 4)
     gemma = {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
         "query_pre_attn_scalar": 12,
+        "tie_word_embeddings": False,  # tied and random, it repeats its last token
     }
     config, kind = {
         "mistral": lambda: (MistralConfig(**_SHAPE, sliding_window=None), MistralForCausalLM),
@@ -52,13 +54,13 @@ def build(family: str) -> PreTrainedModel:
         "qwen2": lambda: (Qwen2Config(**{k: v for k, v in _SHAPE.items() if k != "head_dim"}), Qwen2ForCausalLM),
         "qwen3": lambda: (Qwen3Config(**_SHAPE), Qwen3ForCausalLM),
         "gemma3": lambda: (
-            Gemma3TextConfig(**{**_SHAPE, "num_hidden_layers": 4}, sliding_window=WINDOW, **gemma),
+            Gemma3TextConfig(**{**_SHAPE, "num_hidden_layers": 4, **gemma, **changes}, sliding_window=WINDOW),
             Gemma3ForCausalLM,
         ),
     }[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tiny._sharpen(kind(config).float(), seed=6)
+        return tiny._sharpen(kind(config).float(), seed)
 
 
 @pytest.fixture(scope="module")

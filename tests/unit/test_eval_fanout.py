@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from auvsum.cache import attention
-from auvsum.cache.cache import BudgetedCache
+from auvsum.cache.heads import HeadsCache, second_look
 from auvsum.cache.policy import make_policy
-from auvsum.engine.generate import Engine, Request
+from auvsum.engine.generate import Engine, Request, make_cache
 from auvsum.errors import GenerationFailed
 from auvsum.eval.lockstep import Start, Written, write_together
 from auvsum.events import Finished
 from auvsum.kernels import plain_chunk
 from tests import tiny
+from tests.numerics.test_families import build
 
 NEW = 24
 POLICIES = ["h2o", "auv", "auv-v3", "auv-v4", "nacl", "snapkv", "pyramidkv", "tova", "streaming"]
@@ -34,8 +35,11 @@ def alone(model: object, start: Start, prompt: tuple[int, ...]) -> tuple[int, ..
 def forced(model: object, start: Start, prompt: tuple[int, ...], teacher: tuple[int, ...]) -> torch.Tensor:
     """Logits `[steps, V]` of one cache of its own, fed the teacher's tokens one by one."""
     model.set_attn_implementation("auvsum")
-    cache = BudgetedCache(model.config, start.policy, start.slots)
-    out = model(torch.tensor([prompt]), past_key_values=cache)
+    cache = make_cache(model.config, start.policy, start.slots, 1)
+    with cache.reading(0):
+        out = model(torch.tensor([prompt]), past_key_values=cache)
+    if isinstance(cache, HeadsCache):
+        cache.settle(0, second_look(model, cache, 0, prompt, (0, len(prompt)), int(out.logits[0, -1].argmax())))
     rows = []
     for step, token in enumerate(teacher[:-1]):
         position = torch.tensor([[len(prompt) + step]])
@@ -44,10 +48,14 @@ def forced(model: object, start: Start, prompt: tuple[int, ...], teacher: tuple[
     return torch.stack(rows)
 
 
-@pytest.fixture(scope="module", params=["opt", "llama"])
+MODELS = {"opt": tiny.tiny_opt, "llama": tiny.tiny_llama, "gemma3": lambda: build("gemma3")}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def both(request: pytest.FixtureRequest) -> tuple[object, list[tuple[Written, list[Written]]], list[Start]]:
-    model = tiny.tiny_opt() if request.param == "opt" else tiny.tiny_llama()
+    model = MODELS[request.param]()
     starts = [Start(make_policy(name), slots) for name in POLICIES for slots in (16, 31)]
+    starts += [Start(make_policy("auv-look"), slots) for slots in (36, 48)]
     starts.append(Start(make_policy("full"), 200, prompt=prompts()[0][:20], group="cut"))
     return model, write_together(model, prompts(), [starts, starts], max_new_tokens=NEW), starts
 
