@@ -105,8 +105,8 @@ class _Row:
 class Engine:
     """Reads prompts and writes continuations over a budgeted cache.
 
-    On a GPU the decode step is one CUDA graph; on a CPU it is `engine/lean.py` where that knows the model; elsewhere,
-    and without Triton, it is the one of transformers.
+    On a GPU the decode step is one CUDA graph; on a CPU `engine/lean.py` reads and steps where it knows the model;
+    elsewhere, and without Triton, transformers does.
 
     Args:
         model: a transformers decoder; its attention implementation is set to "auvsum".
@@ -332,6 +332,8 @@ class Engine:
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         with cache.reading(number):
+            if self.lean is not None:
+                return self.lean(tokens[0], positions[0], cache, reads=True)[0]
             out = self.model(tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[0, -1]
         return logits
