@@ -27,11 +27,14 @@ Product = Callable[[Tensor], Tensor]
 class Step(Protocol):
     """What `lean_step` returns."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: AnyCache, reads: bool = False) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, cache: AnyCache, reads: bool = False, more: bool = False
+    ) -> Tensor:
         """Token ids `[B]` and their positions `[B]` -> logits `[B, V]`.
 
         Args:
             reads: the tokens are a chunk of one prompt, within `cache.reading`; logits of the last one alone `[1, V]`.
+            more: nor are these wanted, since more of the prompt follows: nothing `[0]`.
         """
 
 
@@ -158,14 +161,14 @@ def _opt(model: Any) -> Step:
             _product(layer.self_attn.out_proj),
             _layer_norm(layer.final_layer_norm),
             _product(layer.fc1),
-            layer.activation_fn,
+            functional.relu_ if isinstance(layer.activation_fn, nn.ReLU) else layer.activation_fn,
             _product(layer.fc2),
         )
         for layer in decoder.layers
     ]
     heads, scale = model.config.num_attention_heads, decoder.layers[0].self_attn.scaling
 
-    def step(tokens: Tensor, positions: Tensor, cache: AnyCache, reads: bool = False) -> Tensor:
+    def step(tokens: Tensor, positions: Tensor, cache: AnyCache, reads: bool = False, more: bool = False) -> Tensor:
         x = decoder.embed_tokens(tokens)
         if project_in is not None:
             x = project_in(x)
@@ -181,6 +184,9 @@ def _opt(model: Any) -> Step:
             x = x + down(activation(up(norm2(x) if before else x)))
             if not before:
                 x = norm2(x)
+        if more:
+            nothing: Tensor = x.new_empty(0)
+            return nothing
         if reads:
             x = x[-1:]
         if final is not None:
@@ -212,7 +218,7 @@ def _llama(model: Any) -> Step | None:
     ]
     final = _rms_norm(body.norm)
 
-    def step(tokens: Tensor, positions: Tensor, cache: AnyCache, reads: bool = False) -> Tensor:
+    def step(tokens: Tensor, positions: Tensor, cache: AnyCache, reads: bool = False, more: bool = False) -> Tensor:
         x = body.embed_tokens(tokens)
         rows = x.shape[0]
         cos, sin = body.rotary_emb(x[:, None], positions[:, None])
@@ -229,6 +235,9 @@ def _llama(model: Any) -> Step | None:
             x = x + out(store.attend(query, key, value, scale, None).reshape(rows, -1))
             gate, wide = up(norm2(x)).chunk(2, -1)
             x = x + down(activation(gate) * wide)
+        if more:
+            nothing: Tensor = x.new_empty(0)
+            return nothing
         return head(final(x[-1:] if reads else x))
 
     return step

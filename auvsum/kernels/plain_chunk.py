@@ -22,7 +22,9 @@ from auvsum.kernels.column_scores import ChunkAttention
 BLOCK = {torch.float32: 128, torch.bfloat16: 512}
 #: With matrix tiles products are so quick that calling them is what costs: queries of a block of several heads, and
 #: how many probabilities it has at most, unless those of a KV head's query heads are more.
-TILED = (128, 1 << 20)
+TILED = (128, 1 << 21)
+#: With more columns the library's fused attention and a second, exchanged one are quicker there.
+_MOST_COLUMNS = 1024
 #: With fewer queries the calls, a handful for each head, cost more than the fused attention.
 _LEAST = 64
 
@@ -30,11 +32,13 @@ _LEAST = 64
 Folded = tuple[Tensor, Tensor, Tensor]
 
 
-def pays(query: Tensor, power: float | None) -> bool:
+def pays(query: Tensor, columns: int, power: float | None) -> bool:
     """Whether this is the faster way for a chunk's queries `[1, H, T, D]`; `power` as of `attend_chunk`."""
-    slow = query.dtype == torch.bfloat16 and not has_tiles()
-    wanted = slow or (query.dtype in BLOCK and power is not None)
-    return query.device.type == "cpu" and wanted and query.shape[2] >= _LEAST
+    if query.device.type != "cpu" or query.dtype not in BLOCK or query.shape[2] < _LEAST:
+        return False
+    if query.dtype == torch.float32:
+        return power is not None
+    return not has_tiles() or (power is not None and columns <= _MOST_COLUMNS)
 
 
 @functools.cache
@@ -114,11 +118,12 @@ def _add_sums(
     sums: Tensor, weights: Tensor, own: slice, start: int, probabilities: Tensor, power: float, folded: Folded | None
 ) -> None:
     """Adds a block's column sums, weighted by `weights` `[H, W, T]`, to `sums` `[H, W, past + T]`."""
-    part = probabilities if folded is None else probabilities[..., 1:]
     if power != 1:
-        part.pow_(power)
-    _, rows, columns = part.shape
-    sums[own, :, :columns] += torch.bmm(weights[own, :, start : start + rows], part)
+        probabilities.pow_(power)
+    # The reconstructed key's column is left out behind the product, which would copy a part of the probabilities.
+    found = torch.bmm(weights[own, :, start : start + probabilities.shape[1]], probabilities)
+    found = found if folded is None else found[..., 1:]
+    sums[own, :, : found.shape[2]] += found
 
 
 def _blocks(

@@ -113,10 +113,12 @@ def test_a_prompt_is_read_as_the_model_reads_it(name: str, policy: str, chunks: 
             tokens, positions = ids[start : start + chunk], torch.arange(start, start + chunk)
             with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(1):
                 if step is not None:
-                    logits = step(tokens, positions, cache, reads=True)[0]
+                    more = start + chunk < len(ids)
+                    logits = step(tokens, positions, cache, reads=True, more=more).reshape(-1)
+                    assert len(logits) == (0 if more else tiny.VOCAB)
                 else:
-                    more = {"past_key_values": cache, "logits_to_keep": 1}
-                    logits = model(tokens[None], position_ids=positions[None], **more).logits[0, -1]
+                    out = model(tokens[None], position_ids=positions[None], past_key_values=cache, logits_to_keep=1)
+                    logits = out.logits[0, -1]
             start += chunk
         kept = [layer.rows[1].key if policy == "auv-look" else layer.held_positions(1, 0) for layer in cache.layers]
         found.append((logits, kept))

@@ -65,7 +65,7 @@ def test_is_what_a_chunk_in_bf16_goes_through(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.03)
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=0.02, atol=0)
 
-    assert not plain_chunk.pays(draw(10, past, torch.bfloat16)[0], 1.0)
+    assert not plain_chunk.pays(draw(10, past, torch.bfloat16)[0], 10 + past, 1.0)
 
 
 def test_with_matrix_tiles_a_chunk_in_bf16_goes_through_it_where_column_sums_are_wanted(
@@ -79,12 +79,13 @@ def test_with_matrix_tiles_a_chunk_in_bf16_goes_through_it_where_column_sums_are
         tensors, folded = draw(chunk, past, torch.bfloat16), draw_folded(torch.bfloat16)
         out, seen = found[power] = attend_chunk(*tensors, scale, past, folded, power)
         assert isinstance(seen, PlainAttention) == (power is not None)
+    assert not plain_chunk.pays(tensors[0], 2000, 1.0)
     (expected, fused), (out, seen) = found.values()
     torch.testing.assert_close(out, expected, rtol=0, atol=0.03)
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize(("columns", "blocks"), [(400, (128, 6)), (2000, (128, 3)), (9000, (128, 3))])
+@pytest.mark.parametrize(("columns", "blocks"), [(400, (128, 6)), (4000, (128, 3)), (9000, (128, 3))])
 def test_blocks_with_matrix_tiles_have_as_many_heads_as_the_cache_holds(
     columns: int, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
