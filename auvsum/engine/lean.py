@@ -178,10 +178,10 @@ def _opt(model: Any) -> Step:
             packed = qkv(norm1(x) if before else x).view(rows, 3, heads, -1)
             query, key, value = (_apart(part, reads) for part in packed.unbind(1))
             key, value = store.update(key, value)
-            x = x + out(store.attend(query, key, value, scale, None).reshape(rows, -1))
+            x = out(store.attend(query, key, value, scale, None).reshape(rows, -1)).add_(x)
             if not before:
                 x = norm1(x)
-            x = x + down(activation(up(norm2(x) if before else x)))
+            x = down(activation(up(norm2(x) if before else x))).add_(x)
             if not before:
                 x = norm2(x)
         if more:
@@ -232,9 +232,9 @@ def _llama(model: Any) -> Step | None:
                 _apart(part, reads) for part in (turned[:, :heads], turned[:, heads:], packed[:, heads + groups :])
             )
             key, value = store.update(key, value)
-            x = x + out(store.attend(query, key, value, scale, None).reshape(rows, -1))
+            x = out(store.attend(query, key, value, scale, None).reshape(rows, -1)).add_(x)
             gate, wide = up(norm2(x)).chunk(2, -1)
-            x = x + down(activation(gate) * wide)
+            x = down(activation(gate).mul_(wide)).add_(x)
         if more:
             nothing: Tensor = x.new_empty(0)
             return nothing

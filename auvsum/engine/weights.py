@@ -28,7 +28,7 @@ _UNPACKED = 1 << 20
 _UNPACKED_4 = 1 << 19
 #: Weights of a row that share a step and a least value in a GGUF file's 4 bits.
 _BLOCK = 32
-#: The 4-bit product wants so many output channels at once at most, and whole multiples of them.
+#: The 4-bit product wants so many output channels at once at most, and whole multiples of them; others are quicker so.
 _CHANNELS = 64
 #: Weights that are packed at a time: what this takes in fp32 stays in the processor's cache.
 _PACKED = 1 << 18
@@ -85,7 +85,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
         # The library's product for fp32 activations takes ten times as long as the one for bf16.
         few = torch._weight_int8pack_mm(x.to(scale.dtype), weight, scale).to(x.dtype)
         return few if bias is None else few.add_(bias)
-    channels = max(1, _UNPACKED // weight.shape[1])
+    channels = _share(weight)
     out = x.new_empty((x.shape[0], weight.shape[0]))
     biases = [None] * -(-len(weight) // channels) if bias is None else torch.split(bias.detach(), channels)
     scales = torch.split(scale.to(x.dtype), channels)
@@ -99,6 +99,12 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
         else:
             torch.addcmul(shift, product, factor, out=part)
     return out
+
+
+def _share(weight: Tensor) -> int:
+    """Channels of 8-bit weights `[out, in]` to unpack at a time: equal parts, of whole registers."""
+    parts = -(-weight.numel() // _UNPACKED)
+    return -(-weight.shape[0] // (parts * _CHANNELS)) * _CHANNELS
 
 
 class Int4Linear(nn.Module):
