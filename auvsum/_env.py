@@ -15,9 +15,10 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-#: A thread that waits for another gives its core away almost at once. libgomp's own choice, to spin for milliseconds,
-#: makes every small operation 25 times slower as soon as another process wants one of the cores (docs/LOG.md).
-_PATIENT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+#: A thread that waits for another gives its core away after a fifth of a millisecond at most: longer than a step has
+#: nothing to do for it, as waking costs more. libgomp's own choice, to spin for milliseconds, makes every small
+#: operation 25 times slower as soon as another process wants one of the cores (docs/LOG.md).
+_PATIENT = {"GOMP_SPINCOUNT": "4000", "KMP_BLOCKTIME": "1"}
 _OFFLINE = "HF_HUB_OFFLINE"
 #: Set when the switch was thrown here and not by the user, so that `prepare(download=True)` may throw it back.
 _MINE = "AUVSUM_SET_HF_HUB_OFFLINE"

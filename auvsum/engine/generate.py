@@ -105,8 +105,8 @@ class _Row:
 class Engine:
     """Reads prompts and writes continuations over a budgeted cache.
 
-    On a GPU the decode step is one CUDA graph; on a CPU it is `engine/lean.py` where that knows the model; elsewhere,
-    and without Triton, it is the one of transformers.
+    On a GPU the decode step is one CUDA graph; on a CPU `engine/lean.py` reads and steps where it knows the model;
+    elsewhere, and without Triton, transformers does.
 
     Args:
         model: a transformers decoder; its attention implementation is set to "auvsum".
@@ -246,10 +246,12 @@ class Engine:
         rotary = self._rotary() if request.compact else None
         cache.begin(total, row=number, slots=request.slots, rotary=rotary)
         logits, position = torch.empty(0), 0
-        for part in request.parts or chunks(total, self.chunk):
+        parts = request.parts or chunks(total, self.chunk)
+        for part in parts:
             held = cache.next_part(number, part.share) if request.parts else 0
             position = held if part.position is None else part.position
-            logits = self._read(cache, number, request.ids[part.start : part.end], position)
+            ids = request.ids[part.start : part.end]
+            logits = self._read(cache, number, ids, position, more=part is not parts[-1])
             position += part.end - part.start
             yield PrefillProgress(row.index, part.end, total)
             row.check_time()
@@ -327,11 +329,13 @@ class Engine:
     # -- the model ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _read(self, cache: AnyCache, number: int, ids: Sequence[int], start: int) -> Tensor:
-        """A chunk of a prompt; the logits `[V]` of its last token."""
+    def _read(self, cache: AnyCache, number: int, ids: Sequence[int], start: int, more: bool = False) -> Tensor:
+        """A chunk of a prompt; the logits `[V]` of its last token, for which nobody asks where `more` follows."""
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         with cache.reading(number):
+            if self.lean is not None:
+                return self.lean(tokens[0], positions[0], cache, reads=True, more=more).reshape(-1)
             out = self.model(tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[0, -1]
         return logits

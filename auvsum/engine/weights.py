@@ -28,7 +28,7 @@ _UNPACKED = 1 << 20
 _UNPACKED_4 = 1 << 19
 #: Weights of a row that share a step and a least value in a GGUF file's 4 bits.
 _BLOCK = 32
-#: The 4-bit product wants so many output channels at once at most, and whole multiples of them.
+#: The 4-bit product wants so many output channels at once at most, and whole multiples of them; others are quicker so.
 _CHANNELS = 64
 #: Weights that are packed at a time: what this takes in fp32 stays in the processor's cache.
 _PACKED = 1 << 18
@@ -83,13 +83,28 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) 
     """`x @ (weight * scale).T + bias` for `x [rows, in]`; the activations of few rows are rounded to bf16 for it."""
     if x.shape[0] <= _MOST_ROWS:
         # The library's product for fp32 activations takes ten times as long as the one for bf16.
-        out = torch._weight_int8pack_mm(x.to(scale.dtype), weight, scale).to(x.dtype)
-    else:
+        few = torch._weight_int8pack_mm(x.to(scale.dtype), weight, scale).to(x.dtype)
+        return few if bias is None else few.add_(bias)
+    channels = _share(weight)
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    biases = [None] * -(-len(weight) // channels) if bias is None else torch.split(bias.detach(), channels)
+    scales = torch.split(scale.to(x.dtype), channels)
+    for block, factor, shift, part in zip(
+        torch.split(weight, channels), scales, biases, torch.split(out, channels, 1), strict=True
+    ):
         # The scale is applied to the product: int8 is exact in the activations' type, the scaled weight would not be.
-        blocks = torch.split(weight, max(1, _UNPACKED // weight.shape[1]))
-        parts = [functional.linear(x, block.to(x.dtype)) for block in blocks]
-        out = (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).mul_(scale)
-    return out if bias is None else out.add_(bias)
+        product = functional.linear(x, block.to(x.dtype))
+        if shift is None:
+            torch.mul(product, factor, out=part)
+        else:
+            torch.addcmul(shift, product, factor, out=part)
+    return out
+
+
+def _share(weight: Tensor) -> int:
+    """Channels of 8-bit weights `[out, in]` to unpack at a time: equal parts, of whole registers."""
+    parts = -(-weight.numel() // _UNPACKED)
+    return -(-weight.shape[0] // (parts * _CHANNELS)) * _CHANNELS
 
 
 class Int4Linear(nn.Module):

@@ -188,7 +188,7 @@ def attend_chunk(
         the output `[1, H, T, D]` and what the policies need to know about the probabilities.
     """
     plain = _plain_chunk()
-    if plain.pays(query, power):
+    if plain.pays(query, key.shape[2], power):
         found: tuple[Tensor, ChunkAttention] = plain.attend(query, key, value, scaling, past, folded, power)
         return found
     out, lse = fused_attention(query, key[:, :, past:], value[:, :, past:], scaling, causal=True)

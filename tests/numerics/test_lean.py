@@ -13,7 +13,9 @@ from torch.nn import Linear
 from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from auvsum.cache.cache import BudgetedCache
+from auvsum.cache.policy import make_policy
 from auvsum.engine.convert_gguf import convert_gguf
+from auvsum.engine.generate import make_cache
 from auvsum.engine.lean import lean_step
 from auvsum.engine.models import load
 from auvsum.engine.weights import Int4Linear, Int8Embedding, Int8Linear, quantize_weights
@@ -90,6 +92,40 @@ def test_the_lean_step_is_the_models_own(name: str, policy: str) -> None:
     assert (decode(model, step, policy) - wanted).abs().max() < 1e-4
     # Its packed weights are the model's own, which goes on working.
     assert torch.allclose(decode(model, None, policy), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [(40,), (24, 15, 1)])
+@pytest.mark.parametrize("policy", ["auv", "auv-look", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_is_read_as_the_model_reads_it(name: str, policy: str, chunks: tuple[int, ...]) -> None:
+    """Whole or in chunks, the last one of a single token: its logits, and those of the next token."""
+    if name == "mistral" and policy != "full":
+        pytest.skip("every layer of this model has a sliding window")
+    if policy == "auv-look" and len(chunks) > 1:
+        pytest.skip("it holds the whole prompt until it has chosen")
+    model, ids = MODELS[name](), tiny.tokens(sum(chunks), seed=7)[0]
+    found = []
+    for step in (None, lean_step(model)):
+        cache = make_cache(model.config, make_policy(policy), 32 if policy != "full" else 50, rows=2)
+        cache.begin(len(ids), row=1)
+        logits, start = torch.empty(0), 0
+        for chunk in chunks:
+            tokens, positions = ids[start : start + chunk], torch.arange(start, start + chunk)
+            with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(1):
+                if step is not None:
+                    more = start + chunk < len(ids)
+                    logits = step(tokens, positions, cache, reads=True, more=more).reshape(-1)
+                    assert len(logits) == (0 if more else tiny.VOCAB)
+                else:
+                    out = model(tokens[None], position_ids=positions[None], past_key_values=cache, logits_to_keep=1)
+                    logits = out.logits[0, -1]
+            start += chunk
+        kept = [layer.rows[1].key if policy == "auv-look" else layer.held_positions(1, 0) for layer in cache.layers]
+        found.append((logits, kept))
+    (wanted, held), (got, own) = found
+    assert (got - wanted).abs().max() < 1e-4
+    for mine, theirs in zip(own, held, strict=True):
+        torch.testing.assert_close(torch.as_tensor(mine), torch.as_tensor(theirs), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -29,13 +29,13 @@ def draw_folded(dtype: torch.dtype) -> plain_chunk.Folded:
 
 @pytest.mark.parametrize("with_folded", [False, True])
 @pytest.mark.parametrize("past", [0, 37])
-@pytest.mark.parametrize("block", [512, 50])
+@pytest.mark.parametrize("block", [(512, 1), (50, 1), (50, HEADS // GROUPS), (128, HEADS)])
 @pytest.mark.parametrize("power", [None, 1.0, 2.0])
 def test_equals_the_fused_attention(
-    power: float | None, block: int, past: int, with_folded: bool, monkeypatch: pytest.MonkeyPatch
+    power: float | None, block: tuple[int, int], past: int, with_folded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it was told would be asked for."""
-    monkeypatch.setitem(plain_chunk.BLOCK, torch.float32, block)
+    """Whatever it was told would be asked for, and however many queries and heads a block has."""
+    monkeypatch.setattr(plain_chunk, "_shape_of_blocks", lambda *_: block)
     chunk, scale = 130, SIZE**-0.5
     tensors = draw(chunk, past, torch.float32)
     folded = draw_folded(torch.float32) if with_folded else None
@@ -65,13 +65,34 @@ def test_is_what_a_chunk_in_bf16_goes_through(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.03)
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=0.02, atol=0)
 
-    assert not plain_chunk.pays(draw(10, past, torch.bfloat16)[0], 1.0)
-    # With matrix tiles the library's fused attention is the faster one, and says the same.
+    assert not plain_chunk.pays(draw(10, past, torch.bfloat16)[0], 10 + past, 1.0)
+
+
+def test_with_matrix_tiles_a_chunk_in_bf16_goes_through_it_where_column_sums_are_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library's fused attention is quick there, and says the same."""
     monkeypatch.setattr(plain_chunk, "has_tiles", lambda: True)
-    other, seen = attend_chunk(*draw(chunk, past, torch.bfloat16), scale, past, draw_folded(torch.bfloat16))
-    assert not isinstance(seen, PlainAttention)
-    torch.testing.assert_close(other.float(), out.float(), rtol=0, atol=0.03)
+    chunk, past, scale = 300, 20, SIZE**-0.5
+    found = {}
+    for power in (None, 1.0):
+        tensors, folded = draw(chunk, past, torch.bfloat16), draw_folded(torch.bfloat16)
+        out, seen = found[power] = attend_chunk(*tensors, scale, past, folded, power)
+        assert isinstance(seen, PlainAttention) == (power is not None)
+    assert not plain_chunk.pays(tensors[0], 2000, 1.0)
+    (expected, fused), (out, seen) = found.values()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0.03)
     torch.testing.assert_close(seen.column_sums(), fused.column_sums(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("columns", "blocks"), [(400, (128, 6)), (4000, (128, 3)), (9000, (128, 3))])
+def test_blocks_with_matrix_tiles_have_as_many_heads_as_the_cache_holds(
+    columns: int, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_chunk, "has_tiles", lambda: True)
+    query, _, _ = draw(100, 0, torch.bfloat16)
+    assert plain_chunk._shape_of_blocks(query, HEADS // GROUPS, columns) == blocks
+    assert plain_chunk._shape_of_blocks(query.float(), HEADS // GROUPS, columns)[1] == 1
 
 
 def test_a_chunk_in_fp32_goes_through_it_where_column_sums_are_wanted() -> None:

@@ -11,6 +11,7 @@ from auvsum.cache.cache import BudgetedCache
 from auvsum.cache.policy import make_policy
 from auvsum.cache.rotary import Rotary
 from auvsum.engine.generate import Engine, Request
+from auvsum.engine.lean import lean_step
 from auvsum.engine.parts import Part, chunks, windows
 from auvsum.events import Finished
 from tests import checkpoints
@@ -88,13 +89,14 @@ def test_what_is_held_equals_a_cache_with_those_positions() -> None:
 def test_a_stream_goes_on_past_the_positions(policy: str) -> None:
     model = checkpoints.llama_model(VOCAB, max_position_embeddings=128)
     seen: list[int] = []
-    forward = model.forward
+    step = lean_step(model)
+    assert step is not None
 
-    def watch(*args: object, **options: torch.Tensor) -> object:
-        seen.append(int(options["position_ids"].max()))
-        return forward(*args, **options)
+    def watch(tokens: torch.Tensor, positions: torch.Tensor, *rest: object, **more: object) -> object:
+        seen.append(int(positions.max()))
+        return step(tokens, positions, *rest, **more)
 
-    model.forward = watch
+    model.auvsum_step = watch  # what reads and what writes
     tokens = written(model, Request(ids(1000), 61, 16, chunks(1000, 32, compact=True)), policy)
     assert len(tokens) > 0
     assert max(seen) < 128
