@@ -166,7 +166,7 @@ class Summarizer:
         #: What `auto` prefers: it holds a whole prompt until it has chosen, and its decode step is plain torch.
         self.second_look: Policy | None = None
         wished = settings.policy == "auto" and not settings.policy_options
-        if wished and loaded.device.type == "cpu" and not loaded.shape.windows:
+        if wished and loaded.device.type == "cpu":
             self.second_look = make_policy("auv-look")
 
     @property

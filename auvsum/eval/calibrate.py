@@ -232,14 +232,14 @@ class Calibration:
 
     def _lost(self, lesson: Lesson, factors: Tensor, shares: Sequence[float], warmth: float | None) -> Tensor:
         """Nats a token lost with the factors' choice, mean over shares of the bytes; without warmth gates are shut or
-        open."""
+        open. What other tokens gain does not count: a model that repeats itself gains by seeing nothing else."""
         score = torch.cat([lesson.read, lesson.written], -1).clamp_min(1e-12).log()
         tokens = len(lesson.ids)
         score = torch.cat([score[..., :tokens] + factors[..., :1], score[..., tokens:] + factors[..., 1:]], -1)
         score = score.masked_fill(torch.arange(score.shape[-1], device=score.device) == 0, score.max().item() + 20)
         gates = torch.stack([_gates(score, self._slots(lesson, share), warmth) for share in shares], 1)
         nats = self._read(lesson, (gates[..., :tokens], gates[..., tokens:]), len(shares))
-        return (nats - lesson.nats).mean()
+        return (nats - lesson.nats).clamp_min(0).mean()
 
     def _slots(self, lesson: Lesson, share: float) -> int:
         """Slots a head, on average, that are not the write region's."""

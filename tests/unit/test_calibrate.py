@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_open_gates_lose_nothing_and_shut_ones_something(loaded: LoadedModel, le
     none = torch.zeros(2, 2, 2)
     assert float(calibration._lost(lessons[1], none, (3.0,), None)) == pytest.approx(0, abs=1e-5)
     assert float(calibration._lost(lessons[1], none, (0.1,), None)) > 0.01
+
+
+def test_what_is_gained_makes_up_for_nothing(loaded: LoadedModel, lessons: list[Lesson]) -> None:
+    calibration, none = Calibration(loaded), torch.zeros(2, 2, 2)
+    half = len(lessons[1].nats) // 2
+    gained = replace(
+        lessons[1], nats=torch.cat([lessons[1].nats[:half], torch.full_like(lessons[1].nats[half:], 99.0)])
+    )
+    lost = [float(calibration._lost(lesson, none, (0.1,), None)) for lesson in (lessons[1], gained)]
+    assert 0 < lost[1] < lost[0]
 
 
 @pytest.mark.parametrize("slots", [3, 20])

@@ -39,6 +39,10 @@ def test_windows_come_off_the_budget(loaded: LoadedModel, policy: str) -> None:
     assert windows < record["kv"]["peak_bytes"] <= plan.budget.bytes <= 0.4 * plan.budget.full_bytes
 
 
+def test_auto_takes_the_second_look_as_elsewhere(loaded: LoadedModel) -> None:
+    assert Summarizer(loaded, Settings(budget="40%", max_tokens=24)).plan(TEXT).policy.name == "auv-look"
+
+
 def test_inspect_shows_the_other_layers(loaded: LoadedModel) -> None:
     (kept,) = inspect(loaded, Settings(policy="auv-look", budget="40%", kv_bits=8), TEXT, ["auv-look"])
     assert {layer for layer, _ in kept.heads} == {1, 3}
