@@ -8,15 +8,18 @@ from typing import ClassVar
 from auvsum.budget import SlotCost
 from auvsum.cache.codec import vector_bytes
 from auvsum.cache.policy import Policy
+from auvsum.cache.ragged import NARROW
 from auvsum.errors import PolicyError
 
 #: The bounds of the write region, and the slots that a token of it stands for.
 _LEAST_WRITE, _MOST_WRITE, _SLOTS_PER_WRITE = 4, 32, 32
 #: Bits of a channel in the write region, at least.
 _WRITE_BITS = 8
-#: fp16 sum of attention of a slot, int32 of its position and its tier, per KV head; of a token of the write region
+#: fp16 sum of attention of a slot, and 16 bits of its position and tier, per KV head; of a token of the write region
 #: the fp32 sum.
-_SLOT_BYTES, _TOKEN_BYTES = 2 + 4, 4
+_SLOT_BYTES, _TOKEN_BYTES = 2 + 2, 4
+#: Slots that a text of more than half of `NARROW` tokens may need beside one for each: one for so many.
+_WIDE_SHARE = 16
 #: Bits of a slot that may be kept in fewer, too.
 _TIERED = 4
 
@@ -48,7 +51,8 @@ class TieredPolicy(Policy):
         return 7 * _LEAST_WRITE + 2
 
     def slots_to_hold(self, tokens: int) -> int:
-        return max(self.least_slots, tokens + 8 * _MOST_WRITE)
+        wide = max(0, tokens - NARROW // 2) // _WIDE_SHARE
+        return max(self.least_slots, tokens + wide + 8 * _MOST_WRITE)
 
     def slot_cost(self, *, kv_heads: int, head_dim: int, element_bytes: int, bits: int = 16) -> SlotCost:
         per_slot = kv_heads * self.slot_bytes(head_dim, element_bytes, bits)[0]
@@ -59,17 +63,20 @@ class TieredPolicy(Policy):
         return self.coarse if bits == _TIERED and self.fine < 1 and head_dim % 8 == 0 else None
 
     def slot_bytes(self, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
-        """Of a head's slot, and of one that just made it."""
+        """Of a head's slot, and of one that just made it, in a text of at most `NARROW` tokens."""
         rest = self.coarse_bits(head_dim, bits) or bits
         dear, cheap = (2 * vector_bytes(head_dim, element_bytes, kept) + _SLOT_BYTES for kept in (bits, rest))
         return dear, cheap
 
-    def tiers(self, room: int, tokens: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
-        """How many tokens, over all heads, the bytes of `room` whole slots hold, and how many of these in `bits`."""
-        dear, cheap = self.slot_bytes(head_dim, element_bytes, bits)
+    def tiers(self, room: int, tokens: int, dear: int, cheap: int) -> tuple[int, int]:
+        """How many tokens, over all heads, `room` bytes hold, and how many of these in the finer codec.
+
+        Args:
+            dear, cheap: bytes of a slot in either.
+        """
         share = self.fine if cheap < dear else 1.0
-        count = min(tokens, int(room * dear / (share * dear + (1 - share) * cheap)))
-        fine = count if cheap == dear else min(count, (room * dear - count * cheap) // (dear - cheap))
+        count = min(tokens, int(room / (share * dear + (1 - share) * cheap)))
+        fine = count if cheap == dear else min(count, (room - count * cheap) // (dear - cheap))
         return count, fine
 
     def regions(self, slots: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from auvsum.cache import heads, ragged
 from auvsum.cache.codec import EvenCodec, Metric, QuantizedCodec
 from auvsum.cache.head_profiles import Profile, few_directions, shape_of
 from auvsum.cache.heads import HeadsCache, Look, second_look
@@ -30,7 +31,9 @@ class Naive:
     """Every key and value ever seen, one head after the other, and a set of living positions for each. With few bits a
     vector is replaced by what is left of it."""
 
-    def __init__(self, model: Any, policy: AUVLook, profile: Profile | None = None, bits: int = 16) -> None:
+    def __init__(
+        self, model: Any, policy: AUVLook, profile: Profile | None = None, bits: int = 16, narrow: int = 1 << 15
+    ) -> None:
         factors, self.static = (profile.factors(), profile.moments()) if profile else (None, None)
         self.bits, self.size = bits, model.config.hidden_size // model.config.num_attention_heads
         config, self.factors = model.config, factors
@@ -45,7 +48,9 @@ class Naive:
         self.moments: dict[tuple[int, int], Tensor] = {}
         self.coarse: set[tuple[int, int, int]] = set()
         self.room = [0] * self.layers
-        self.first = self.written = self.prompt = 0
+        self.first = self.written = self.prompt = self.now = 0
+        #: From how many tokens on a slot takes a byte more.
+        self.narrow = narrow
         AttentionInterface.register("naive-look", self.attend)
         AttentionMaskInterface.register("naive-look", lambda **_: None)
 
@@ -145,14 +150,16 @@ class Naive:
                     ranked.append((rank, layer, group, position))
         ranked.sort(reverse=True)
         heads = self.layers * self.groups
-        dear, cheap = self.policy.slot_bytes(self.size, 4, self.bits)
-        count = fine = slots * heads
+        self.now = self.prompt
+        granted = slots * heads * self.policy.slot_bytes(self.size, 4, self.bits)[0]
+        dear, cheap = self.slot_bytes()
+        count = fine = granted // dear
         if cheap < dear:
             # All of the bytes, a share of the slots fine.
             share = self.policy.fine
             mean = share * dear + (1 - share) * cheap
-            count = max(n for n in range(self.prompt * heads + 1) if n * mean <= slots * heads * dear)
-            fine = (slots * heads * dear - count * cheap) // (dear - cheap)
+            count = max(n for n in range(self.prompt * heads + 1) if n * mean <= granted)
+            fine = (granted - count * cheap) // (dear - cheap)
         kept = [place for _, *place in ranked[:count]]
         self.coarse = {(layer, group, p) for layer, group, p in kept[fine:]}
         for layer in range(self.layers):
@@ -169,7 +176,11 @@ class Naive:
 
     def cost(self, layer: int, group: int, position: int) -> int:
         """Bytes of a token's slot."""
-        return self.policy.slot_bytes(self.size, 4, self.bits)[(layer, group, position) in self.coarse]
+        return self.slot_bytes()[(layer, group, position) in self.coarse]
+
+    def slot_bytes(self) -> tuple[int, int]:
+        dear, cheap = self.policy.slot_bytes(self.size, 4, self.bits)
+        return dear + (self.now > self.narrow), cheap + (self.now > self.narrow)
 
     def factor(self, layer: int, group: int, position: int) -> float:
         """What a token of that head is worth."""
@@ -179,7 +190,7 @@ class Naive:
         """When the write region is full its older half competes with all that the layer holds."""
         if now - self.first < self.write:
             return
-        leaving = self.write - self.write // 2
+        leaving, self.now = self.write - self.write // 2, now
         for layer in range(self.layers):
             for group in range(self.groups):
                 for p in range(self.first, self.first + leaving):
@@ -227,6 +238,8 @@ def mean_moments(naive: Naive, queries: int) -> Tensor:
         {"profile": True},
         {"bits": 4, "profile": True},
         {"bits": 4, "coarse": 2, "fine": 0.5, "value_norm": True},
+        {"bits": 4, "narrow": 32},
+        {"bits": 4, "narrow": 70},
     ],
 )
 def test_it_does_what_the_slow_version_does(
@@ -235,21 +248,23 @@ def test_it_does_what_the_slow_version_does(
     model, profile = MODELS[name](), None
     if options.get("profile"):
         monkeypatch.setenv("AUVSUM_CACHE", str(tmp_path))
-        heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
-        logs = torch.randn(2, 2, heads, generator=torch.Generator().manual_seed(4)).tolist()
+        groups = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+        logs = torch.randn(2, 2, groups, generator=torch.Generator().manual_seed(4)).tolist()
         size = model.config.hidden_size // model.config.num_attention_heads
-        queries = torch.randn(2, heads, 40, size, generator=torch.Generator().manual_seed(5))
+        queries = torch.randn(2, groups, 40, size, generator=torch.Generator().manual_seed(5))
         queries[..., 0] *= 9
         told = few_directions(queries.mT @ queries)
         profile = Profile("tiny", shape_of(model.config), *(tuple(map(tuple, one)) for one in logs), queries=told)
         (tmp_path / "profiles").mkdir()
         (tmp_path / "profiles" / "tiny.json").write_text(profile.to_json())
     options = dict(options)
-    bits = options.pop("bits", 16)
+    bits, narrow = options.pop("bits", 16), options.pop("narrow", 1 << 15)
+    for module in (ragged, heads):
+        monkeypatch.setattr(module, "NARROW", narrow)
     policy = AUVLook(**{"look": 0.5, "lead": 8, "draft": 5, "prior": 6, **options})
     stream = tiny.tokens(PROMPT + NEW, 18)[0].tolist()
     ids, span, slots = stream[:PROMPT], (4, 55), 40
-    cache, naive = HeadsCache(model.config, policy, slots, bits=bits), Naive(model, policy, profile, bits)
+    cache, naive = HeadsCache(model.config, policy, slots, bits=bits), Naive(model, policy, profile, bits, narrow)
     with harness.attention(model, "auvsum"), torch.no_grad(), cache.reading(0):
         model(torch.tensor([ids]), past_key_values=cache)
     naive.call(ids, 0)
