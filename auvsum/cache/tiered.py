@@ -32,10 +32,13 @@ class TieredPolicy(Policy):
         fine: of slots of 4 bits, the share that is really kept in 4, in [0, 1]; the rest, tokens that were ranked
             behind them, is kept in `coarse` bits, and there are the more of them.
         coarse: 3 or 2.
+        write: tokens of the write region; 0 for a share of the slots. With one for all that is written, the prompt's
+            tokens are chosen once, and written ones stay beside them.
     """
 
     fine: float = 0.25
     coarse: int = 3
+    write: int = 0
 
     state_element: ClassVar[int] = 2
 
@@ -44,11 +47,16 @@ class TieredPolicy(Policy):
             raise PolicyError(f"fine is {self.fine}", "it must be between 0 and 1")
         if self.coarse not in (2, 3):
             raise PolicyError(f"coarse is {self.coarse}", "it must be 2 or 3")
+        if self.write and self.write < _LEAST_WRITE:
+            raise PolicyError(f"write is {self.write}", f"it must be 0, or at least {_LEAST_WRITE}")
 
     @property
     def least_slots(self) -> int:
         """The write region, and a slot for each head."""
-        return 7 * _LEAST_WRITE + 2
+        return 7 * max(_LEAST_WRITE, self.write) + 2
+
+    def paper_slots(self, tokens: int) -> int:
+        return tokens + self.write
 
     def slots_to_hold(self, tokens: int) -> int:
         wide = max(0, tokens - NARROW // 2) // _WIDE_SHARE
@@ -83,7 +91,7 @@ class TieredPolicy(Policy):
         """Of `slots` a head on average: the candidates', and the write region's tokens, each of which costs several."""
         slot, _ = self.slot_bytes(head_dim, element_bytes, bits)
         token = 2 * vector_bytes(head_dim, element_bytes, bits_of_the_newest(bits)) + _TOKEN_BYTES
-        write = max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
+        write = self.write or max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
         return slots - -(-write * token // slot), write
 
 

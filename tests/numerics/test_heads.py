@@ -357,6 +357,22 @@ def test_with_room_for_everything_it_is_the_full_cache(name: str, bits: int, off
     torch.testing.assert_close(torch.stack(got), want, rtol=1e-4, atol=off)
 
 
+def test_written_tokens_may_stay_beside_a_share_of_the_prompts() -> None:
+    """As KVzip counts: a tenth of the prompt's tokens a head, chosen once, and all that is written."""
+    model, policy = tiny.tiny_llama(), AUVLook(write=31, draft=4)
+    ids, cache = tiny.tokens(200, 5)[0].tolist(), HeadsCache(model.config, policy, policy.paper_slots(20))
+    with harness.attention(model, "auvsum"), torch.no_grad():
+        with cache.reading(0):
+            model(torch.tensor([ids]), past_key_values=cache)
+        cache.settle(0, second_look(model, cache, 0, ids, (0, 200), 1))
+        first = [layer.held_positions(0, group) for layer in cache.layers for group in range(2)]
+        for step in range(30):
+            model(torch.tensor([[5]]), position_ids=torch.tensor([[200 + step]]), past_key_values=cache)
+    last = [layer.held_positions(0, group) for layer in cache.layers for group in range(2)]
+    assert last == [[*own, *range(200, 230)] for own in first]
+    assert sum(map(len, first)) == 20 * 4
+
+
 def test_the_second_look_reads_the_lead_and_pieces_of_the_rest() -> None:
     document = list(range(1000))
     assert AUVLook(lead=0, look=0.0).tokens_to_look_with(document) == []
