@@ -53,7 +53,7 @@ class TieredPolicy(Policy):
     @property
     def least_slots(self) -> int:
         """The write region, and a slot for each head."""
-        return 7 * max(_LEAST_WRITE, self.write) + 2
+        return max(7 * _LEAST_WRITE, self.write) + 2
 
     def paper_slots(self, tokens: int) -> int:
         return tokens + self.write
@@ -88,11 +88,18 @@ class TieredPolicy(Policy):
         return count, fine
 
     def regions(self, slots: int, *, head_dim: int, element_bytes: int, bits: int) -> tuple[int, int]:
-        """Of `slots` a head on average: the candidates', and the write region's tokens, each of which costs several."""
+        """Of `slots` a head on average: the candidates', and the write region's tokens, each of which costs several.
+
+        Raises:
+            PolicyError: a write region that leaves none.
+        """
         slot, _ = self.slot_bytes(head_dim, element_bytes, bits)
         token = 2 * vector_bytes(head_dim, element_bytes, bits_of_the_newest(bits)) + _TOKEN_BYTES
         write = self.write or max(_LEAST_WRITE, min(_MOST_WRITE, slots // _SLOTS_PER_WRITE))
-        return slots - -(-write * token // slot), write
+        candidates = slots - -(-write * token // slot)
+        if candidates < 1:
+            raise PolicyError(f"{write} written tokens take all of {slots} slots", "give it more, or leave write at 0")
+        return candidates, write
 
 
 def bits_of_the_newest(bits: int) -> int:
