@@ -379,7 +379,8 @@ class HeadsLayer(UncountedLayer):
             for kept, new in ((held.keys, new_keys), (held.values, new_values))
         )
         # A row keeps its best for as long as their bytes last; one that has no new tokens keeps all.
-        held.wide = [end > NARROW for end in writing.ends]
+        for number in writing.due:
+            held.wide[number] = writing.ends[number] > NARROW
         cost = torch.where(fine, *self.slot_bytes) + torch.tensor(held.wide, device=device)[head // groups]
         spent = cost[order].cumsum(0)
         before = torch.cat([spent.new_zeros(1), spent[begin[1:] - 1]])

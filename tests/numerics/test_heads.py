@@ -373,6 +373,12 @@ def test_written_tokens_may_stay_beside_a_share_of_the_prompts() -> None:
     assert sum(map(len, first)) == 20 * 4
 
 
+def test_sums_of_attention_end_where_their_type_does() -> None:
+    sums = ragged.kept_sums(torch.tensor([0.5, 200.0, 1e6]))
+    ragged.add_to_sums(sums, torch.tensor([0, 1, 0]), torch.tensor([0.25, 100.0, 0.25]))
+    torch.testing.assert_close(ragged.read_sums(sums), torch.tensor([1.0, 65504 / 256, 65504 / 256]))
+
+
 def test_the_second_look_reads_the_lead_and_pieces_of_the_rest() -> None:
     document = list(range(1000))
     assert AUVLook(lead=0, look=0.0).tokens_to_look_with(document) == []
@@ -423,9 +429,14 @@ def test_rows_do_not_depend_on_their_neighbours(bits: int) -> None:
     assert run(3) == alone
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_rows_written_together_hold_what_each_holds_alone(bits: int) -> None:
-    """Rows of other sizes and phases, one copied from another, one that ends earlier: the same slots, bytes, logits."""
+@pytest.mark.parametrize(("bits", "narrow"), [(16, 1 << 15), (8, 1 << 15), (4, 80)])
+def test_rows_written_together_hold_what_each_holds_alone(
+    bits: int, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of other sizes and phases, one copied from another, one that ends earlier: the same slots, bytes, logits.
+    Some are wide, one of them once it has written a while."""
+    for module in (ragged, heads):
+        monkeypatch.setattr(module, "NARROW", narrow)
     model, policy = tiny.tiny_llama(), AUVLook(draft=4)
     prompts = [(70, 40), (90, 160), (50, 38)]
     stream = tiny.tokens(30, 2)[0].tolist()
