@@ -5,8 +5,9 @@ channels, and each group is kept as whole steps between its least and its greate
 carries its own scales, so that it can be scattered into any slot. Measured in docs/LOG.md: groups of 64 with the
 rotation are as good as groups of 32 without it.
 
-Even fewer bits (3 or 2): one scale a group, levels in even steps on both sides of zero. Rounded one by one, such keys
-lose more than the room they save gives back; rounded by what queries make of the errors (`EvenCodec.pack`), less.
+Even fewer bits (3 or 2): one scale of a byte a group, levels in even steps on both sides of zero. Rounded one by one,
+such keys lose more than the room they save gives back; rounded by what queries make of the errors (`EvenCodec.pack`),
+less.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _BLOCK = 4
 
 #: The most channels that share a scale.
 _GROUP = 64
-#: Bytes of a group's least value and step, fp16 each; of its step alone.
-_SCALE_BYTES, _STEP_BYTES = 4, 2
+#: Bytes of a group's least value and step, fp16 each; of its step alone, see `_logs`.
+_SCALE_BYTES, _STEP_BYTES = 4, 1
 #: The step, in root mean squares of a group, that is best for a normal distribution.
 _STEPS = {3: 0.5860, 2: 0.9957}
 #: Of a metric's mean diagonal, what is added to all of it: queries that were not seen may ask for any channel.
@@ -225,7 +226,7 @@ class EvenCodec(_RotatedCodec):
             steps = step.expand_as(grouped).flatten(-2)
             codes = metric.codes(y, -self.middle * steps, steps, round(2 * self.middle), head)
             step = step * metric.longer((codes - self.middle) * steps, y, head)[:, None, None]
-        return [*self._planes(codes.to(torch.uint8)), step.half()]
+        return [*self._planes(codes.to(torch.uint8)), _logs(step)]
 
     def _planes(self, codes: Tensor) -> list[Tensor]:
         """Two bits of four channels a byte, and the third of eight."""
@@ -238,13 +239,25 @@ class EvenCodec(_RotatedCodec):
         ]
 
     def unpack(self, memory: list[Tensor]) -> Tensor:
-        low, *high, step = memory
+        low, *high, logs = memory
         codes = ((low[..., None, :] >> _shifts(4, 2, low.device)) & 3).flatten(-2)
         if high:
             third = ((high[0][..., None, :] >> _shifts(8, 1, low.device)) & 1).flatten(-2)
             codes = codes.add_(third, alpha=4)
-        found: Tensor = _grouped(codes.to(self.dtype)).sub_(self.middle).mul_(step.to(self.dtype))
+        step = _steps(logs.device)[logs.int()].to(self.dtype)
+        found: Tensor = _grouped(codes.to(self.dtype)).sub_(self.middle).mul_(step)
         return found.flatten(-2)
+
+
+def _logs(step: Tensor) -> Tensor:
+    """Steps in a byte each, in sixteenths of an octave from 2^-10 to nearly 2^6: at most 2.2% off."""
+    return (step.clamp_min(1e-8).log2() * 16 + 160).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _steps(device: torch.device) -> Tensor:
+    """The step of each such byte, fp32 `[256]`."""
+    return ((torch.arange(256) - 160) / 16).exp2().to(device)
 
 
 class Tiers:

@@ -34,7 +34,7 @@ from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, EvenCodec, Metric, Tiers, make_codec
 from auvsum.cache.head_profiles import find_profile
 from auvsum.cache.policies.auv_look import AUVLook
-from auvsum.cache.ragged import AAS_MOST, AAS_UNITS, Slots, Writing
+from auvsum.cache.ragged import NARROW, Slots, Writing, add_to_sums, kept_sums, read_sums
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.cache.tiered import bits_of_the_newest
@@ -275,8 +275,7 @@ class HeadsLayer(UncountedLayer):
         out = codec.fine.turn_back(spread[..., :longest] @ values) + newest.turn_back(spread[..., longest:] @ own_value)
         paid = probabilities.pow_(self.policy.power).sum(2).div_(heads // groups)
         # Padding points at some slot and adds nothing to it: its probability is 0.
-        new = paid[..., :longest].reshape(-1).mul_(AAS_UNITS).to(held.aas.dtype)
-        held.aas.index_add_(0, index.view(-1), new).clamp_(max=AAS_MOST)
+        add_to_sums(held.aas, index.view(-1), paid[..., :longest].reshape(-1))
         own_paid = paid[..., longest:].transpose(1, 2).reshape(-1, groups)
         if isinstance(writing.region, slice):
             held.write_aas[writing.region] += own_paid
@@ -322,13 +321,13 @@ class HeadsLayer(UncountedLayer):
         open_ = self.rows[row]
         assert open_ is not None
         groups, size = score.shape[0], open_.key.shape[-1]
-        aas = score[head, position].float().pow(self.policy.power) * (self.policy.prior * AAS_UNITS)
         self.rows[row] = None
-        self.loose[row] = Slots(
+        self.loose[row] = slots = Slots(
             keys=self.codec.pack(open_.key[head, position], fine, head, metric),
             values=self.codec.pack(open_.value[head, position], fine),
-            words=(position * 2 + fine).to(torch.int32),
-            aas=aas.clamp_(max=AAS_MOST).half(),
+            words=position,
+            high=position,
+            aas=kept_sums(score[head, position].float().pow(self.policy.power) * self.policy.prior),
             starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
             write_keys=self.write_codec.allocate((write, groups), size, head.device),
             write_values=self.write_codec.allocate((write, groups), size, head.device),
@@ -336,10 +335,12 @@ class HeadsLayer(UncountedLayer):
             sizes=[sum(counts)],
             fines=[int(fine.sum())],
             longest=[max(counts)],
+            wide=[score.shape[1] > NARROW],
             room=[room],
             widths=[write],
             parts=self.codec.parts,
         )
+        slots.hold(position, fine)
 
     def make_room(self, new_keys: list[Tensor], new_values: list[Tensor], norms: Tensor | None) -> None:
         """Multi-step eviction: the older half of a full write region competes with the candidates of all heads.
@@ -355,8 +356,7 @@ class HeadsLayer(UncountedLayer):
         fresh = writing.flush_rows[:, None] * groups + torch.arange(groups, device=device)
         head = torch.cat([old, fresh.view(-1)])
         position = torch.cat([held.positions, writing.flush_positions[:, None].expand_as(fresh).reshape(-1)])
-        sums = (held.write_aas[writing.flush] * AAS_UNITS).clamp_(max=AAS_MOST).to(held.aas.dtype)
-        aas = torch.cat([held.aas, sums.view(-1)])
+        aas = torch.cat([held.aas, kept_sums(held.write_aas[writing.flush]).view(-1)])
         # The oldest token of each head stays: no head may be empty.
         oldest = torch.zeros_like(head, dtype=torch.bool)
         oldest[1:count] = old[1:] != old[:-1]
@@ -382,19 +382,22 @@ class HeadsLayer(UncountedLayer):
             for kept, new in ((held.keys, new_keys), (held.values, new_values))
         )
         # A row keeps its best for as long as their bytes last; one that has no new tokens keeps all.
-        spent = torch.where(fine[order], *self.slot_bytes).cumsum(0)
+        for number in writing.due:
+            held.wide[number] = writing.ends[number] > NARROW
+        cost = torch.where(fine, *self.slot_bytes) + torch.tensor(held.wide, device=device)[head // groups]
+        spent = cost[order].cumsum(0)
         before = torch.cat([spent.new_zeros(1), spent[begin[1:] - 1]])
         best = order[spent - before[owner] <= torch.tensor(held.room, device=device)[owner]]
-        words = position * 2 + fine
-        best = best[(head[best] * (1 << 40) + words[best]).argsort()]
+        best = best[(head[best] * (1 << 40) + position[best]).argsort()]
         held.keys, held.values = (self.codec.select(x, fine, best) for x in (keys, values))
-        held.words, held.aas = words[best], aas[best]
+        held.aas = aas[best]
         counts = torch.bincount(head[best], minlength=rows * groups)
         held.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         fines = torch.bincount(head[best] // groups, weights=fine[best].double(), minlength=rows)
         counts = counts.view(rows, groups)
         found = torch.stack([counts.sum(1), fines.long(), counts.amax(1)]).tolist()
         held.sizes, held.fines, held.longest = found
+        held.hold(position[best], fine[best])
         held.write_keys, held.write_values = (
             [x[writing.shift] for x in kept] for kept in (held.write_keys, held.write_values)
         )
@@ -407,7 +410,9 @@ class HeadsLayer(UncountedLayer):
         groups = self.held.groups
         prompt, since, end = self.writing.reach[:, head // groups]
         read = position < prompt
-        score = (aas.float() / torch.where(read, self.policy.prior + since, end - position)).pow(1 / self.policy.power)
+        score = (read_sums(aas) / torch.where(read, self.policy.prior + since, end - position)).pow(
+            1 / self.policy.power
+        )
         if self.factors is not None:
             self.factors = self.factors.to(score.device)
             score *= self.factors[head % groups, (~read).long()]
@@ -620,15 +625,16 @@ class HeadsCache(Cache):  # type: ignore[misc]
         self._note_peak(row)
         first = self.ranked[0].rows[row]
         assert first is not None
-        groups, tokens, size = first.key.shape
+        groups, tokens, _ = first.key.shape
         room, write = self.regions(row)
         layers = len(self.ranked)
         heads = layers * groups
-        dear, cheap = self.ranked[0].slot_bytes
+        granted = self.ranked[0].slot_bytes[0] * room * heads
+        dear, cheap = (slot + (tokens > NARROW) for slot in self.ranked[0].slot_bytes)
         # In more bits what is left to gain is not worth the time.
         metrics: Sequence[Metric | None] = (look.metrics if look and self.bits == 4 else None) or [None] * layers
         if look is None:
-            if room < tokens:
+            if not self.holds_all(row):
                 raise PolicyError("nothing tells which tokens to keep", "call heads.second_look first")
             score = torch.zeros((layers, groups, tokens), device=first.key.device)
         else:
@@ -642,9 +648,7 @@ class HeadsCache(Cache):  # type: ignore[misc]
         # The first token stays in every head: it takes the attention that a query has no use for.
         ranking = ranking.clone()
         ranking[..., 0] = torch.inf
-        count, better = self.policy.tiers(
-            room * heads, tokens * heads, head_dim=size, element_bytes=first.key.element_size(), bits=self.bits
-        )
+        count, better = self.policy.tiers(granted, tokens * heads, dear, cheap)
         best = ranking.flatten().topk(count).indices
         best, order = best.sort()
         fine = order < better  # topk gives the best first
@@ -653,13 +657,21 @@ class HeadsCache(Cache):  # type: ignore[misc]
         shares = [sum(own) for own in counts]
         parts = (torch.split(part, shares) for part in (head, position, fine))
         for layer, *own, per_head, scored, metric in zip(self.ranked, *parts, counts, score, metrics, strict=True):
-            most = dear * room * groups
+            most = granted // layers
             if count < tokens * heads:
                 most = cheap * len(own[2]) + (dear - cheap) * int(own[2].sum())
             layer.keep(row, *own, per_head, scored, metric, most, write)
         for window in self.sliding:
             window.close(row, tokens)
         self.writing.start(row, write, tokens)
+
+    def holds_all(self, row: int) -> bool:
+        """Whether an open row has room for all of its tokens."""
+        held, (slot, _) = self.ranked[0].rows[row], self.ranked[0].slot_bytes
+        assert isinstance(held, Open)
+        tokens = held.key.shape[1]
+        holds: bool = self.regions(row)[0] * slot >= tokens * (slot + (tokens > NARROW))
+        return holds
 
     def copy_rows(self, count: int) -> None:
         """The first `count` rows, settled and not yet written to, again as the `count` rows behind them."""
@@ -743,7 +755,7 @@ def second_look(
         None when the budget holds the whole prompt: there is nothing to choose.
     """
     policy, tokens = cache.policy, len(ids)
-    if cache.regions(row)[0] >= tokens:
+    if cache.holds_all(row):
         return None
     held = cache.ranked[0].rows[row]
     assert held is not None

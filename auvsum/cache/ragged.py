@@ -18,9 +18,26 @@ import torch
 from torch import Tensor
 
 #: In how small units sums of attention are kept: fp16 has 11 bits from 6e-5 to 65504, and what matters is small.
-AAS_UNITS = 256
+_AAS_UNITS = 256
 #: The most that a sum is taken for.
-AAS_MOST = 65504
+_AAS_MOST = 65504
+#: How many positions a slot's word tells beside its tier; behind them a slot needs another byte.
+NARROW = 1 << 15
+
+
+def kept_sums(paid: Tensor) -> Tensor:
+    """Sums of attention as slots keep them, fp16."""
+    return (paid.float() * _AAS_UNITS).clamp_(max=_AAS_MOST).half()
+
+
+def add_to_sums(sums: Tensor, index: Tensor, paid: Tensor) -> None:
+    """Adds attention to the kept sums `[N]` of the slots `index`, where a slot may come more than once."""
+    sums.index_add_(0, index, kept_sums(paid)).clamp_(max=_AAS_MOST)
+
+
+def read_sums(sums: Tensor) -> Tensor:
+    """What `kept_sums` kept, fp32."""
+    return sums.float() / _AAS_UNITS
 
 
 @dataclass
@@ -28,19 +45,21 @@ class Slots:
     """The candidates and write regions of M rows in one layer: row after row, in a row head after head.
 
     Attributes:
-        keys, values: as `Tiers` keeps them, N vectors. words: twice a token's position, one more if it is in the finer
-            codec, int32 `[N]`. aas: attention paid to each, summed, in units of 1/`AAS_UNITS`, fp16 `[N]`.
+        keys, values: as `Tiers` keeps them, N vectors. words: twice the lowest 15 bits of a token's position, one
+            more if it is in the finer codec, int16 `[N]`. high: the other bits of the position, uint8, of the slots of
+            wide rows alone. aas: attention paid to each, see `kept_sums`, fp16 `[N]`.
         starts: where each head's begin, and N: int64 `[M * G + 1]`.
         write_keys, write_values: the rows' write regions, as the codec keeps them, first dimensions `[V, G]`.
         write_aas: fp32 `[V, G]`.
-        sizes, fines, longest, room: for each row its candidates, those in the finer codec, the most of a head, and the
-            bytes that all of them may take.
+        sizes, fines, longest, wide, room: for each row its candidates, those in the finer codec, the most of a head,
+            whether its slots have high bits, and the bytes that all of them may take.
         widths: tokens of each row's write region, V together.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     words: Tensor
+    high: Tensor
     aas: Tensor
     starts: Tensor
     write_keys: list[Tensor]
@@ -49,6 +68,7 @@ class Slots:
     sizes: list[int]
     fines: list[int]
     longest: list[int]
+    wide: list[bool]
     room: list[int]
     widths: list[int]
     #: How many of the tensors of `keys` are the finer codec's.
@@ -57,13 +77,26 @@ class Slots:
 
     @property
     def positions(self) -> Tensor:
-        """Of the tokens, int32 `[N]`."""
-        return self.words >> 1
+        """Of the tokens, int64 `[N]`."""
+        found = (self.words.long() & 0xFFFF) >> 1
+        if len(self.high):
+            found[self._in_wide_rows()] += self.high.long() * NARROW
+        return found
 
     @property
     def fine(self) -> Tensor:
         """Which are in the finer codec, bool `[N]`."""
         return (self.words & 1).bool()
+
+    def hold(self, position: Tensor, fine: Tensor) -> None:
+        """Notes which tokens the slots hold, int64 `[N]`, and which are in the finer codec, for `sizes` and `wide`."""
+        self.words = (position % NARROW * 2 + fine).to(torch.int32).to(torch.int16)
+        high = position[self._in_wide_rows()] // NARROW if any(self.wide) else position[:0]
+        self.high = high.to(torch.uint8)
+
+    def _in_wide_rows(self) -> Tensor:
+        wide = (torch.full((size,), own) for size, own in zip(self.sizes, self.wide, strict=True))
+        return torch.cat([*wide]).to(self.words.device)
 
     @property
     def groups(self) -> int:
@@ -72,32 +105,35 @@ class Slots:
 
     def row_bytes(self, row: int) -> int:
         """A row's part of the memory."""
-        slots = (*self.keys, *self.values, self.words, self.aas)
+        slots = (*self.keys, *self.values, self.high, self.words, self.aas)
         written = (*self.write_keys, *self.write_values, self.write_aas)
         write = sum(x.nbytes for x in written) // self.write_aas.shape[0]
         held = sum(x[part].nbytes for x, part in zip(slots, self._parts(row), strict=True))
         return held + write * self.widths[row] + self.starts.element_size() * (self.groups + 1)
 
     def _parts(self, row: int) -> list[slice]:
-        """Where a row's slots lie in each of keys and values, and in the words and sums."""
+        """Where a row's slots lie in each of keys and values, and in the high bits, words and sums."""
         ends = [sum(self.sizes[: row + more]) for more in (0, 1)]
         fine = [sum(self.fines[: row + more]) for more in (0, 1)]
         coarse = slice(ends[0] - fine[0], ends[1] - fine[1])
         # Tensors of the finer codec come first; where there is one codec alone, all slots are in it.
         found = [slice(*fine) if number < self.parts else coarse for number in range(len(self.keys))]
-        return [*found, *found, slice(*ends), slice(*ends)]
+        wide = [size * own for size, own in zip(self.sizes, self.wide, strict=True)]
+        high = slice(sum(wide[:row]), sum(wide[: row + 1]))
+        return [*found, *found, high, slice(*ends), slice(*ends)]
 
     def cut(self, row: int) -> Slots:
         """One row of it, in the same memory."""
         start, groups = sum(self.sizes[:row]), self.groups
         first = sum(self.widths[:row])
         written = slice(first, first + self.widths[row])
-        slots = (*self.keys, *self.values, self.words, self.aas)
+        slots = (*self.keys, *self.values, self.high, self.words, self.aas)
         own = [x[part] for x, part in zip(slots, self._parts(row), strict=True)]
         count = len(self.keys)
         return Slots(
             keys=own[:count],
             values=own[count : 2 * count],
+            high=own[-3],
             words=own[-2],
             aas=own[-1],
             starts=self.starts[row * groups : (row + 1) * groups + 1] - start,
@@ -107,6 +143,7 @@ class Slots:
             sizes=[self.sizes[row]],
             fines=[self.fines[row]],
             longest=[self.longest[row]],
+            wide=[self.wide[row]],
             room=[self.room[row]],
             widths=[self.widths[row]],
             parts=self.parts,
@@ -122,6 +159,7 @@ class Slots:
             keys=[torch.cat(parts) for parts in zip(*(row.keys for row in rows), strict=True)],
             values=[torch.cat(parts) for parts in zip(*(row.values for row in rows), strict=True)],
             words=torch.cat([row.words for row in rows]),
+            high=torch.cat([row.high for row in rows]),
             aas=torch.cat([row.aas for row in rows]),
             starts=torch.cat(starts),
             write_keys=[torch.cat(parts) for parts in zip(*(row.write_keys for row in rows), strict=True)],
@@ -130,6 +168,7 @@ class Slots:
             sizes=[row.sizes[0] for row in rows],
             fines=[row.fines[0] for row in rows],
             longest=[row.longest[0] for row in rows],
+            wide=[row.wide[0] for row in rows],
             room=[row.room[0] for row in rows],
             widths=[row.widths[0] for row in rows],
             parts=rows[0].parts,
@@ -156,8 +195,8 @@ class Writing:
         later: bool `[M, T, longest]`, what a token must not see; None where there is nothing of the kind.
         due: rows whose region is full then, by their number among those that take part, and how many tokens leave it.
         flush: the tokens that leave, as indices into `[V]`; flush_rows, flush_positions: whose and which they are.
-        shift: where what stays is found, `[V]`; emptied: what then is free. reach: `[3, M]`, prompt length, tokens
-            written since then, and all tokens.
+        shift: where what stays is found, `[V]`; emptied: what then is free. ends: all tokens of each row.
+        reach: `[3, M]`, prompt length, tokens written since then, and all tokens.
     """
 
     at: slice | Tensor
@@ -168,6 +207,7 @@ class Writing:
     flush_positions: Tensor
     shift: Tensor
     emptied: Tensor
+    ends: list[int]
     reach: Tensor
 
     def __init__(self, rows: int) -> None:
@@ -227,10 +267,10 @@ class Writing:
         self.flush, self.flush_rows, positions = torch.tensor(flush, device=device).unbind(1)
         self.flush_positions = positions.to(torch.int32)
         self.shift, self.emptied = torch.tensor(shift, device=device), torch.tensor(emptied, device=device)
-        ends = [self.first[row] + self.written[row] for row in self.rows]
+        self.ends = [self.first[row] + self.written[row] for row in self.rows]
         since = [self.since[row] for row in self.rows]
-        prompts = [end - count for end, count in zip(ends, since, strict=True)]
-        self.reach = torch.tensor([prompts, since, ends], device=device)
+        prompts = [end - count for end, count in zip(self.ends, since, strict=True)]
+        self.reach = torch.tensor([prompts, since, self.ends], device=device)
 
     def finish(self) -> None:
         """Behind the last layer: what was due has left the write regions."""

@@ -245,10 +245,9 @@ class Calibration:
         """Slots a head, on average, that are not the write region's."""
         size, element = lesson.key.shape[-1], lesson.key.element_size()
         whole = len(lesson.ids) * 2 * vector_bytes(size, element, 16)
-        slot, _ = self.policy.slot_bytes(size, element, _BITS)
-        slots = int(share * whole / slot) - _WRITE
+        dear, cheap = self.policy.slot_bytes(size, element, _BITS)
         every = len(lesson.ids) + len(lesson.summary)
-        return max(1, self.policy.tiers(slots, every, head_dim=size, element_bytes=element, bits=_BITS)[0])
+        return max(1, self.policy.tiers(int(share * whole) - _WRITE * dear, every, dear, cheap)[0])
 
     @torch.no_grad()
     def _judge(self, lessons: Sequence[Lesson], factors: Tensor) -> float:

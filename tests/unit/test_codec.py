@@ -88,7 +88,7 @@ def test_even_steps_on_both_sides_of_zero(size: int, bits: int) -> None:
     for token in range(6):
         for start in range(0, size, group):
             want, got = (x[token, start : start + group] for x in (turned, back))
-            step = float(memory[-1][token, start // group, 0])
+            step = 2 ** ((float(memory[-1][token, start // group, 0]) - 160) / 16)
             levels = step * (torch.arange(2**bits) - (2**bits - 1) / 2)
             assert (got[:, None] - levels).abs().amin(1).max() < 1e-5
             rms = float(want.square().mean().sqrt())
@@ -131,6 +131,16 @@ def test_without_correlations_a_metric_changes_nothing() -> None:
     head = torch.arange(9) // 3
     plain, aware = codec.pack(vectors), codec.pack(vectors, head, Metric(5 * torch.eye(32).expand(3, -1, -1)))
     assert all(torch.equal(one, other) for one, other in zip(plain, aware, strict=True))
+
+
+@pytest.mark.parametrize("step", [2.0**-10, 0.013, 1.0, 37.0])
+def test_a_step_in_one_byte_is_off_by_half_a_sixteenth_of_an_octave(step: float) -> None:
+    codec = EvenCodec(torch.float32, 2)
+    # The best step of these is known: half of the channels are 3/2 steps long, the others 1/2.
+    vectors = codec.turn(step * torch.tensor([1.5, -0.5, -1.5, 0.5]).repeat(16)[None])
+    ratio = codec.unpack(codec.pack(vectors)) / codec.turn(vectors)
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
+    assert abs(float(ratio[0, 0].log2())) <= 1 / 32 + 1e-4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

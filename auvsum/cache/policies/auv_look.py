@@ -42,15 +42,15 @@ class AUVLook(TieredPolicy):
         ask: weight of the queries of what stands behind the document, against all others, in [0, 1].
         power: of attention, of which the mean's root is the score: 1 is AUV's mean, 2 the root mean square.
         value_norm: whether a score is multiplied by the length of its value.
-        fine, coarse: see `TieredPolicy`.
+        fine, coarse, write: see `TieredPolicy`.
         prior: how many written tokens the prompt's score counts for, once writing has begun.
         profile: whether scores are multiplied with the model's factors a head, where it has a profile.
     """
 
     look: float = 0.25
     lead: int = 128
-    draft: int = 32
-    weight: float = 0.4
+    draft: int = 48
+    weight: float = 0.6
     ask: float = 0.1
     power: float = 2.0
     value_norm: bool = False
