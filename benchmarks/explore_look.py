@@ -79,33 +79,31 @@ class Coding:
 
     Attributes:
         keys, values: bits. kind: `ends` (least value and step of a group), `gauss` (one scale, the levels that are best
-            for a normal distribution), `even` (one scale, even levels). center: a head's mean is taken off first.
+            for a normal distribution).
         state: bytes of a slot beside its key and value. sink: the first token is kept exact.
     """
 
     keys: float = 4
     values: float = 4
     kind: str = "ends"
-    center: str = ""
     state: int = 8
     sink: bool = False
 
     def slot_bytes(self, size: int) -> float:
-        scale = {"ends": 4, "gauss": 2, "even": 2, "klt": 2}[self.kind]
+        scale = {"ends": 4, "gauss": 2}[self.kind]
         return sum(size * bits / 8 + (scale if bits < 16 else 0) for bits in (self.keys, self.values)) + self.state
 
     def fixed_bytes(self, size: int) -> int:
-        return size * ELEMENT * len(self.center) + (2 * size * ELEMENT if self.sink else 0)
+        return 2 * size * ELEMENT if self.sink else 0
 
 
 @dataclass
 class Setting:
-    """One row of the batch: who stays `[L, G, n]` (or the logarithms of soft gates); residual keys, values
-    `[L, G, R, D]` and log masses `[L, G, R]`; keys and values `[L, G, n, D]` as they come back from their bits."""
+    """One row of the batch: who stays `[L, G, n]` (or the logarithms of soft gates); keys and values `[L, G, n, D]` as
+    they come back from their bits."""
 
     name: str
     keep: Tensor | None
-    residual: tuple[Tensor, Tensor, Tensor] | None = None
     pair: tuple[Tensor, Tensor] | None = None
     #: Which written tokens stay once they are older than `_WRITE`, `[L, G, T]`, as `keep`; None for all.
     own: Tensor | None = None
@@ -126,11 +124,7 @@ class Probe:
         self.groups, self.device = config.num_key_value_heads, self.loaded.device
         self.size = config.hidden_size // self.heads
         self.attend: Callable[..., Tensor] = self._read
-        #: Whether a look finds all kinds of scores, or root mean squares alone.
-        self.thorough = True
         AttentionInterface.register("probe", self._attention)
-        #: fp32 `[L, H]`: root mean square of the loss's gradient by each query head's output.
-        self.weight = torch.ones(self.layers, self.heads, device=self.device)
 
     def _attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float = 1.0, **_: Any
@@ -148,9 +142,8 @@ class Probe:
 
     def _read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         out, attention = attend_chunk(query, key, value, scaling, 0)
-        rows = attention.last_rows(self.tail)
-        sums = (attention.column_sums(), rows.mean(1), rows.square().mean(1).sqrt())
-        self.found.append((key[0], value[0], *sums))
+        square = attention.last_rows(self.tail).square().mean(1).sqrt()
+        self.found.append((key[0], value[0], square))
         return out
 
     @torch.no_grad()
@@ -160,9 +153,8 @@ class Probe:
         positions = torch.arange(len(ids), device=self.device)[None]
         self.model.set_attn_implementation("probe")
         self.model(torch.tensor([ids], device=self.device), position_ids=positions, use_cache=False, logits_to_keep=1)
-        key, value, h2o, last, square = (torch.stack(column) for column in zip(*self.found, strict=True))
+        key, value, square = (torch.stack(column) for column in zip(*self.found, strict=True))
         document = Document(ids, span, summary, scored, key, value)
-        document.scores["h2o"], document.scores["instruction"] = h2o / len(ids), last
         document.scores["instruction^2"] = square
         return document
 
@@ -187,8 +179,7 @@ class Probe:
     def look(self, document: Document, chunks: list[list[int]], name: str) -> None:
         """Scores of the attention that tokens behind the prompt pay to it; each chunk begins where the prompt ends.
 
-        Of each: the mean (`NAME`), root mean square (`NAME^2`), the mean and root mean square of what dropping the
-        token would do to the outputs (`NAME d`, `NAME d^2`), the last with each head's weight (`NAME f^2`).
+        Kept are root mean squares (`NAME^2`).
         """
         totals: dict[str, list[Tensor]] = defaultdict(lambda: [0] * self.layers)  # type: ignore[list-item]
         count = sum(map(len, chunks))
@@ -206,23 +197,6 @@ class Probe:
                 paid = probabilities[..., document.key.shape[2] :].square().mean(1).tril(-_WRITE)  # [G, T, T]
                 queries = torch.arange(paid.shape[-1], 0, -1, device=paid.device).sub(_WRITE).clamp_min(1)
                 own[layer] = (paid.sum(1) / queries).sqrt()
-            if not self.thorough:
-                return mixed
-            held = document.value[layer].float()
-            # |v_j - o_i|² = |v_j|² - 2 v_j·o_i + |o_i|²
-            o = out.float()
-            distance = (
-                held.square().sum(-1)[:, None, None]
-                - 2 * o @ held[:, None].transpose(-1, -2)
-                + o.square().sum(-1)[..., None]
-            ).clamp_min_(0)
-            weight = self.weight[layer].view(self.groups, -1, 1, 1)
-            totals["" + name][layer] += a.mean(1).sum(1) / count
-            hurt = a.square() * distance
-            totals[name + " d^2"][layer] += hurt.mean(1).sum(1) / count
-            totals[name + " d"][layer] += hurt.sqrt().mean(1).sum(1) / count
-            totals[name + " f"][layer] += (hurt.sqrt() * weight).mean(1).sum(1) / count
-            totals[name + " f^2"][layer] += (hurt * weight.square()).mean(1).sum(1) / count
             return mixed
 
         self.attend = attend
@@ -232,8 +206,7 @@ class Probe:
             document.own = torch.stack(list(own.values()))
             document.pair = tuple(map(torch.stack, zip(*pairs, strict=True)))  # type: ignore[assignment]
         for key, rows in totals.items():
-            stack = torch.stack(rows)
-            document.scores[key] = stack.sqrt() if key.endswith("^2") else stack
+            document.scores[key] = torch.stack(rows).sqrt()
 
     def _full(
         self, document: Document, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
@@ -259,9 +232,6 @@ class Probe:
         else:
             keys, values = (torch.stack(part, 1) for part in zip(*pairs, strict=True))
         keep = None if settings[0].keep is None else torch.stack([s.keep for s in settings], 1)  # type: ignore[misc]
-        rest = None
-        if any(s.residual is not None for s in settings):
-            rest = padded([s.residual for s in settings], document.key)
         own_keep = None
         if settings[0].own is not None:
             own_keep = torch.stack([s.own for s in settings], 1)  # type: ignore[misc]
@@ -277,12 +247,8 @@ class Probe:
                 parts[0].masked_fill_(~keep[layer][:, :, None], -torch.inf)
             elif keep is not None:
                 parts[0] = parts[0] + keep[layer][:, :, None]
-            if rest is not None:
-                parts.append(
-                    (grouped @ rest[0][layer].transpose(-1, -2)).float() * scaling + rest[2][layer][:, :, None]
-                )
             if coarse is not None:
-                key, value = (coded(x, bits, coarse, False) for x, bits in ((key, coarse.keys), (value, coarse.values)))
+                key, value = (coded(x, bits, coarse) for x, bits in ((key, coarse.keys), (value, coarse.values)))
             own = (grouped @ key.transpose(-1, -2)).float().mul_(scaling)
             own = own.view(rows, self.groups, -1, tokens, tokens)
             ones = torch.ones(tokens, tokens, dtype=torch.bool, device=self.device)
@@ -303,47 +269,12 @@ class Probe:
                 distant = ones.tril(-_WRITE)
                 mixed = (paid * distant).flatten(2, 3) @ old_value + (paid * ~distant).flatten(2, 3) @ value
             out = probabilities[..., :n] @ values[layer] + mixed
-            if rest is not None:
-                out = out + probabilities[..., n:-tokens] @ rest[1][layer]
             return out.view(rows, self.heads, tokens, -1)
 
         self.attend = attend
         summary = torch.tensor([document.summary], device=self.device)
         logits = self.call(summary[:, :-1].expand(rows, -1), n).float()
         return logits.logsumexp(-1) - logits.gather(-1, summary[:, 1:, None].expand(rows, -1, 1))[..., 0]
-
-    def gradients(self, document: Document) -> Tensor:
-        """Mean square of the gradient by each query head's output, of the loss of drawn tokens: fp32 `[L, H]`."""
-        nudges = []
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            probabilities, held = self._full(document, layer, query, key, value, scaling)
-            out = (probabilities.to(held.dtype) @ held[:, None]).reshape(1, self.heads, query.shape[2], -1)
-            nudge = torch.zeros_like(out, dtype=torch.float32).requires_grad_()
-            nudges.append(nudge)
-            return out + nudge.to(out.dtype)
-
-        self.attend = attend
-        with torch.enable_grad():
-            summary = torch.tensor([document.summary[:-1]], device=self.device)
-            logits = self.call(summary, len(document.ids))[0].float()
-            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
-            loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-            found = torch.autograd.grad(loss, nudges)
-        return torch.stack([g[0].square().sum(-1).mean(-1) for g in found])
-
-
-def padded(residuals: list[Any], key: Tensor) -> list[Tensor]:
-    """Residual slots of rows that have different numbers of them, as one batch."""
-    most = max(r[2].shape[-1] for r in residuals if r is not None)
-    found = []
-    for r in residuals:
-        shape = (*key.shape[:2], 0 if r is None else r[2].shape[-1], key.shape[-1])
-        k, v, m = r or (key.new_zeros(shape), key.new_zeros(shape), torch.zeros(shape[:3], device=key.device))
-        more = most - shape[2]
-        pad = torch.nn.functional.pad
-        found.append((pad(k, (0, 0, 0, more)), pad(v, (0, 0, 0, more)), pad(m, (0, more), value=-torch.inf)))
-    return [torch.stack(part, 1) for part in zip(*found, strict=True)]
 
 
 # -- bits --------------------------------------------------------------------------------------------------------------
@@ -375,33 +306,20 @@ def quantized(y: Tensor, bits: int, kind: str) -> Tensor:
         low = y.amin(-1, keepdim=True).half().float()
         step = ((y.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp_min(1e-8)
         return ((y - low) / step).round().clamp(0, 2**bits - 1) * step + low
-    if kind == "gauss":
-        levels = LEVELS.setdefault(bits, gauss_levels(bits)).to(y.device)
-        scale = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
-        found = levels[torch.bucketize(y / scale, (levels[1:] + levels[:-1]) / 2)]
-        # The scale that is best for the codes that were chosen.
-        return found * ((found * y).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)).half().float()
-    half = 2 ** (bits - 1)
-    best, least = y, torch.full_like(y[..., :1], torch.inf)
-    top = y.abs().amax(-1, keepdim=True)
-    for shrink in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
-        step = (top * shrink / (half - 0.5)).clamp_min(1e-8)
-        codes = (y / step - 0.5).round().clamp(-half, half - 1) + 0.5
-        step = ((codes * y).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True)).half().float()
-        error = (codes * step - y).square().sum(-1, keepdim=True)
-        best = torch.where(error < least, codes * step, best)
-        least = torch.minimum(least, error)
-    return best
+    levels = LEVELS.setdefault(bits, gauss_levels(bits)).to(y.device)
+    scale = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+    found = levels[torch.bucketize(y / scale, (levels[1:] + levels[:-1]) / 2)]
+    # The scale that is best for the codes that were chosen.
+    return found * ((found * y).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)).half().float()
 
 
-def coded(x: Tensor, bits: float, coding: Coding, center: bool) -> Tensor:
+def coded(x: Tensor, bits: float, coding: Coding) -> Tensor:
     """What is left of keys or values `[L, G, n, D]`."""
     if bits >= 16:
         return x
     y = x.float()
-    mean = y[:, :, 1:].mean(2, keepdim=True).half().float() if center else torch.zeros_like(y[:, :, :1])
     turn = hadamard(x.shape[-1], x.device)
-    found = quantized((y - mean) @ turn, int(bits), coding.kind) @ turn.T + mean
+    found = quantized(y @ turn, int(bits), coding.kind) @ turn.T
     if coding.sink:
         found[:, :, 0] = y[:, :, 0]
     return found.to(x.dtype)
@@ -473,86 +391,6 @@ def choose(ranking: Tensor, number: float) -> Tensor:
 def blend(one: Tensor, other: Tensor, weight: float) -> Tensor:
     """Two scores, each with the same mass in all; the second has this weight."""
     return one / one.sum() * (1 - weight) + other / other.sum() * weight
-
-
-class Basis:
-    """A head's own transform, fitted on other documents: channels by importance, each with its own bits."""
-
-    def __init__(self, covariance: Tensor, metric: Tensor) -> None:
-        """Both `[L, G, D, D]`: of the centered vectors, and of what they are multiplied with."""
-        values, vectors = torch.linalg.eigh(metric.double())
-        values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-4)
-        root = vectors @ (values.sqrt()[..., None] * vectors.transpose(-1, -2))
-        back = vectors @ (values.rsqrt()[..., None] * vectors.transpose(-1, -2))
-        spread, turn = torch.linalg.eigh(root @ covariance.double() @ root)
-        self.there, self.back = (root @ turn).float(), (turn.transpose(-1, -2) @ back).float()
-        self.spread = spread.clamp_min(spread.amax(-1, keepdim=True) * 1e-6).float()
-
-    def allotted(self, bits: float, most: int = 6) -> Tensor:
-        """Whole bits a channel `[L, G, D]`: one after the other where it lowers the error most."""
-        left = torch.tensor([1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.0025, 0.00066, 0.0])
-        given = torch.zeros(self.spread.shape, dtype=torch.int64, device=self.spread.device)
-        gain = (left[:-1] - left[1:]).to(given.device)
-        gain[most:] = 0
-        for _ in range(round(bits * self.spread.shape[-1])):
-            at = (self.spread * gain[given]).argmax(-1, keepdim=True)
-            given.scatter_add_(-1, at, torch.ones_like(at))
-        return given
-
-    def coded(self, x: Tensor, bits: float) -> Tensor:
-        y = x.float()
-        mean = y[:, :, 1:].mean(2, keepdim=True).half().float()
-        y = (y - mean) @ self.there / self.spread.sqrt()[:, :, None]
-        given = self.allotted(bits)[:, :, None].expand_as(y)
-        scale = (y.square() * (given > 0)).sum(-1, keepdim=True) / (given > 0).sum(-1, keepdim=True)
-        scale = scale.sqrt().clamp_min(1e-8)
-        found = torch.zeros_like(y)
-        for bit in given.unique().tolist():
-            if bit:
-                levels = LEVELS.setdefault(bit, gauss_levels(bit)).to(y.device)
-                chosen = levels[torch.bucketize(y / scale, (levels[1:] + levels[:-1]) / 2)]
-                found = torch.where(given == bit, chosen, found)
-        best = (found * y).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True).clamp_min(1e-8)
-        found = found * best.half().float()
-        return ((found * self.spread.sqrt()[:, :, None]) @ self.back + mean).to(x.dtype)
-
-
-# -- what is dropped ---------------------------------------------------------------------------------------------------
-
-
-def residual(document: Document, keep: Tensor, weight: Tensor, number: int, queries: Tensor, bits: int) -> Any:
-    """`number` slots a head for what was dropped: means weighted by attention, with the mass that queries gave them.
-
-    Args:
-        queries: `[L, G, Q, D]`, scaled.
-    """
-    key, value = document.key.float(), document.value.float()
-    mass = (weight + 1e-12) * ~keep
-    layers, groups, n, size = key.shape
-    if number == 1:
-        member = torch.ones(layers, groups, n, 1, device=key.device)
-    else:
-        start = mass.topk(number, -1).indices[..., None].expand(-1, -1, -1, size)
-        center = key.gather(2, start)
-        for _ in range(6):
-            nearest = torch.cdist(key, center).argmin(-1)
-            member = torch.nn.functional.one_hot(nearest, number).float()
-            share = member * mass[..., None]
-            total = share.sum(2)[..., None]
-            center = torch.where(total > 0, share.transpose(-1, -2) @ key / total.clamp_min(1e-20), center)
-    share = member * mass[..., None]
-    total = share.sum(2)[..., None].clamp_min(1e-20)
-    mean_key, mean_value = (share.transpose(-1, -2) @ x / total for x in (key, value))
-    logits = (queries.float() @ key.transpose(-1, -2)).masked_fill(keep[:, :, None], -torch.inf)  # [L, G, Q, n]
-    every = queries.float() @ mean_key.transpose(-1, -2)  # [L, G, Q, R]
-    logs = torch.empty(layers, groups, number, device=key.device)
-    for r in range(number):
-        own = logits.masked_fill(member[:, :, None, :, r] == 0, -torch.inf).logsumexp(-1)
-        # Where the mass is: queries that attend to what is dropped count for more.
-        importance = (own - own.amax(-1, keepdim=True)).exp().nan_to_num(0)
-        off = (own - every[..., r]).nan_to_num(neginf=-30.0)
-        logs[..., r] = (importance * off).sum(-1) / importance.sum(-1).clamp_min(1e-20)
-    return mean_key.to(document.key.dtype), mean_value.to(document.value.dtype), logs
 
 
 # -- experiments -------------------------------------------------------------------------------------------------------
@@ -647,49 +485,7 @@ class Explorer:
             self.book.note(name, document, part, self.probe.judge(document, part))
 
     def pair(self, document: Document, coding: Coding) -> tuple[Tensor, Tensor]:
-        if coding.kind == "klt":
-            return self.basis_k.coded(document.key, coding.keys), self.basis_v.coded(document.value, coding.values)
-        return (
-            coded(document.key, coding.keys, coding, "k" in coding.center),
-            coded(document.value, coding.values, coding, "v" in coding.center),
-        )
-
-    # -- the codec --
-
-    def codecs(self) -> None:
-        """All tokens kept: what the bits alone cost, of keys and of values."""
-        for name, document in self.all():
-            settings = []
-            for bits in (4, 3, 2):
-                kinds = [("ends", "", False), ("ends", "kv", False), ("even", "kv", False), ("gauss", "kv", False)]
-                for kind, center, sink in [*kinds, ("gauss", "kv", True), ("gauss", "k", False)]:
-                    pair = self.pair(document, Coding(bits, bits, kind, center, sink=sink))
-                    title = f"{kind} center={center} sink={sink}"
-                    settings.append(Setting(f"bits K{bits} V{bits} | {title}", None, None, pair))
-                    if kind == "gauss" and center == "kv" and not sink:
-                        settings.append(Setting(f"bits K{bits} V16 | {title}", None, None, (pair[0], document.value)))
-                        settings.append(Setting(f"bits K16 V{bits} | {title}", None, None, (document.key, pair[1])))
-            for k, v in ((3, 3), (2.5, 2.5), (2, 2), (2, 1.5), (1.5, 1.5), (2, 16), (16, 2)):
-                keys = self.basis_k.coded(document.key, k) if k < 16 else document.key
-                values = self.basis_v.coded(document.value, v) if v < 16 else document.value
-                settings.append(Setting(f"bits K{k} V{v} | klt", None, None, (keys, values)))
-            self.judge(name, document, settings)
-
-    def fit_bases(self) -> None:
-        probe = self.probe
-        sums = [torch.zeros(probe.layers, probe.groups, probe.size, probe.size, device=probe.device) for _ in range(3)]
-        for at, (_, document) in enumerate(self.all()):
-            if at % 2:
-                continue
-            queries = self.queries(document, document.summary)
-            sums[2] += queries.transpose(-1, -2) @ queries / queries.shape[2]
-            for total, x in zip(sums[:2], (document.key, document.value), strict=True):
-                y = x[:, :, 1:].float()
-                y = y - y.mean(2, keepdim=True)
-                total += y.transpose(-1, -2) @ y / y.shape[2]
-        self.basis_k = Basis(sums[0], sums[2])
-        eye = torch.eye(probe.size, device=probe.device).expand_as(sums[1])
-        self.basis_v = Basis(sums[1], eye)
+        return coded(document.key, coding.keys, coding), coded(document.value, coding.values, coding)
 
     @torch.no_grad()
     def queries(self, document: Document, ids: list[int]) -> Tensor:
@@ -708,24 +504,8 @@ class Explorer:
 
     # -- the scores --
 
-    def look(self) -> None:
-        total = torch.zeros(self.probe.layers, self.probe.heads, device=self.probe.device)
-        for _, document in self.all():
-            total += self.probe.gradients(document) / sum(map(len, self.sets.values()))
-        self.probe.weight = total.sqrt() / total.mean().sqrt()
-        for _, document in self.all():
-            for name, ids in {
-                "look": pieces(document, 0.25, 128),
-                "lead": pieces(document, 0, 128),
-                "draft16": document.summary[:16],
-                "draft32": document.summary[:32],
-                "oracle": document.summary,
-            }.items():
-                self.probe.look(document, chunks(ids), name)
-
     def squares(self) -> None:
         """Root mean squares alone, which a processor finds in a minute: what a profile is fitted on."""
-        self.probe.thorough = False
         for _, document in self.all():
             self.probe.look(document, chunks(pieces(document, 0.25, 128), 320), "look")
             self.probe.look(document, [document.summary[:32]], "draft32")
@@ -755,7 +535,7 @@ class Explorer:
         """Judges what each ranking chooses, at every budget."""
         pair = self.pair(document, coding)
         settings = [
-            Setting(f"{share:4.0%} | {title}", choose(ranking, slots(document, share, coding)), None, pair)
+            Setting(f"{share:4.0%} | {title}", choose(ranking, slots(document, share, coding)), pair)
             for share in BUDGETS
             for title, ranking in rankings.items()
         ]
@@ -785,7 +565,7 @@ class Explorer:
                     }
                     settings += [
                         Setting(f"{share:4.0%} | {label}, {title}", keep,
-                                None, pair, torch.ones_like(own, dtype=torch.bool) if kept is None else kept,
+                                pair, torch.ones_like(own, dtype=torch.bool) if kept is None else kept,
                                 coding if coarse else None)
                         for label, (keep, kept) in parts.items()
                     ]  # fmt: skip
@@ -850,7 +630,7 @@ class Explorer:
                                            zip(coded_[0], coded_[-1], document.pair, strict=True))  # fmt: skip
                         pair = tuple(torch.where(top[..., None], one, other) for one, other in
                                      zip(pairs[0], pairs[-1], strict=True))  # fmt: skip
-                        settings.append(Setting(f"{share:4.0%} {label} | {title}", k, None, pair, o, errors=errors))
+                        settings.append(Setting(f"{share:4.0%} {label} | {title}", k, pair, o, errors=errors))
                     if len(settings) >= self.rows * 2000 // len(document.ids):
                         self.judge(name, document, settings)
                         settings = []
@@ -887,76 +667,6 @@ class Explorer:
         stay = stay.view_as(ranking) & (ranking >= 0)
         return stay[..., : score.shape[-1]], stay[..., score.shape[-1] :]
 
-    def scores(self) -> None:
-        coding = Coding(4, 4, "gauss", "kv", state=4)
-        kinds = ("", "^2", " d", " d^2", " f", " f^2")
-        for name, document in self.all():
-            s = document.scores
-            norm = document.value.float().norm(dim=-1)
-            found = {"today": blend(s["look"], s["draft16"], 0.5) * norm}
-            found["instruction x norm"] = s["instruction"] * norm
-            found["h2o"] = s["h2o"]
-            for kind in kinds:
-                found[f"look{kind}"] = s["look" + kind]
-                for length in (16, 32):
-                    found[f"draft{length}{kind}"] = s[f"draft{length}{kind}"]
-                    for weight in (0.3, 0.5, 0.7):
-                        found[f"look+{weight} draft{length}{kind}"] = blend(
-                            s["look" + kind], s[f"draft{length}{kind}"], weight
-                        )
-                found[f"lead+.5 draft16{kind}"] = blend(s["lead" + kind], s["draft16" + kind], 0.5)
-                found[f"oracle{kind}"] = s["oracle" + kind]
-                found[f"look+draft16+instruction{kind}"] = blend(
-                    blend(s["look" + kind], s["draft16" + kind], 0.5), s["instruction"] * norm, 0.2)  # fmt: skip
-            self.rank(name, document, coding, found)
-
-    # -- bits at equal bytes, and what was dropped --
-
-    def equal(self) -> None:
-        """At equal bytes: fewer bits hold more tokens."""
-        today = Coding()
-        codings = {"today": today, "today, center": replace(today, center="kv")}
-        for k, v in ((4, 4), (4, 3), (3, 3), (3, 2), (2, 2)):
-            codings[f"gauss K{k} V{v}"] = Coding(k, v, "gauss", "kv", state=4)
-        for k, v in ((3, 3), (2.5, 2.5), (2, 2), (1.5, 1.5)):
-            codings[f"klt K{k} V{v}"] = Coding(k, v, "klt", "kv", state=4)
-        for name, document in self.all():
-            s = document.scores
-            score = blend(s["look"], s["draft16"], 0.5) * document.value.float().norm(dim=-1)
-            settings = []
-            for title, coding in codings.items():
-                pair = self.pair(document, coding)
-                settings += [
-                    Setting(f"{share:4.0%} | bytes {title}", choose(score, slots(document, share, coding)), None, pair)
-                    for share in BUDGETS
-                ]
-            self.judge(name, document, settings)
-
-    def residuals(self) -> None:
-        coding = Coding(4, 4, "gauss", "kv", state=4)
-        for name, document in self.all():
-            s = document.scores
-            weight = blend(s["look"], s["draft16"], 0.5)
-            score = weight * document.value.float().norm(dim=-1)
-            draft = self.queries(document, document.summary[:16])
-            again = self.queries(document, pieces(document, 0.25, 128)[:256])
-            both = torch.cat([draft, again[:, :, ::4]], 2)
-            pair = self.pair(document, coding)
-            settings = []
-            for share in BUDGETS:
-                for number in (0, 1, 2, 4, 8):
-                    keep = choose(score, slots(document, share, coding) - number)
-                    title = f"{share:4.0%} | {number} residual slots"
-                    if number == 0:
-                        settings.append(Setting(title, keep, None, pair))
-                        continue
-                    rest = residual(document, keep, weight, number, draft, 4)
-                    settings.append(Setting(f"{title}, mass by draft", keep, rest, pair))
-                    settings.append(Setting(f"{title}, no mass", keep, (rest[0], rest[1], rest[2] * 0), pair))
-                    rest = residual(document, keep, weight, number, both, 4)
-                    settings.append(Setting(f"{title}, mass by draft+look", keep, rest, pair))
-            self.judge(name, document, settings)
-
     # -- a profile, fitted --
 
     def fit(self, epochs: int, out: Path | None) -> None:
@@ -992,7 +702,7 @@ class Explorer:
                             "by layer": self.by_layer(score, own, free),
                             "over all layers": both(score, own, number),
                         }.items():
-                            settings.append(Setting(f"{share:4.0%} {seen} {label} | {title}", keep, None, pair, kept))
+                            settings.append(Setting(f"{share:4.0%} {seen} {label} | {title}", keep, pair, kept))
                 self.judge(name, document, settings)
 
 
@@ -1069,9 +779,7 @@ def main() -> None:
     parser.add_argument("--sets", default="cnn_dailymail,beigebook,gao,xsum5")
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--half", choices=("even", "odd"), default="even")
-    parser.add_argument(
-        "--experiments", default="codecs,fit_bases,look,scores,equal,residuals,squares,blends,written,fit"
-    )
+    parser.add_argument("--experiments", default="squares,blends,written,tiers,fit")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rows", type=int, default=80, help="settings a batch, at 2,000 tokens")
     parser.add_argument("--model")
