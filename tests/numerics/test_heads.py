@@ -448,8 +448,10 @@ def test_the_second_look_reads_the_lead_and_pieces_of_the_rest() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_known_tokens_may_be_written_several_at_a_time(name: str) -> None:
+def test_known_tokens_may_be_written_several_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as the write region takes: the same logits and the same evictions as one after the other."""
+    for module in (ragged, heads):  # in 16 bits sums are rounded with every call, and near ties fall otherwise
+        monkeypatch.setattr(module, "kept_sums", lambda paid: paid.float() * ragged._AAS_UNITS)
     model, policy = SLIDING[name](), AUVLook(draft=4)
     stream = tiny.tokens(90, 3)[0].tolist()
     found = []
