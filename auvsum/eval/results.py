@@ -55,6 +55,8 @@ def results(runs: Sequence[Run], peers: Sequence[Path] = ()) -> str:
             f"{key} {environment[key]}" for key in ("device", "dtype", "torch", "auvsum") if key in environment
         )
         parts.append(f"Ran on: {ran or 'not noted'}.\n")
+        if environment.get("dtype") == "float32" and min(run.config.kv_bits) < 16:
+            parts.append("In fp32 a share of the bytes is twice as many slots of few bits as in a model of 16 bits.\n")
         parts.append(markdown_table(cells_of(rows, several=False)))
         parts.append(" ".join(sentences(metrics[0])) + "\n")
         parts += [text for peer in outside if (text := _beside(peer, metrics[0]))]
@@ -171,7 +173,8 @@ def _beside(peer: dict[str, Any], metrics: dict[str, Any]) -> str:
         "|---|---:|---:|",
     ]
     named = [(f"kvpress {row['press']} @ {row['budget']}", row, [mine for mine, _ in both]) for row in peer["rows"]]
-    budgets = {row["budget"] for row in peer["rows"]}
+    # The peer runs in fp32, where half of its share is as many slots of few bits as the whole in 16 bits.
+    budgets = {part for row in peer["rows"] for part in (row["budget"], f"{float(row['budget'].rstrip('%')) / 2:g}%")}
     named += [
         (name, row["documents"], [at for _, at in both])
         for name, row in metrics["rows"].items()
@@ -187,7 +190,7 @@ def _beside(peer: dict[str, Any], metrics: dict[str, Any]) -> str:
     said = [
         f"{mine} less {theirs}, nats a token: {difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]."
         for mine in nats
-        if mine.startswith("auv-look ")
+        if mine.startswith("auv-look")
         for theirs in nats
         if theirs.startswith("kvpress ")
         for difference in [paired(nats[mine], nats[theirs])]
