@@ -282,10 +282,10 @@ def test_what_breaks_the_engine_fails_alone(model: str, monkeypatch: pytest.Monk
 
     read = Engine._read
 
-    def breaks(self: Engine, cache: Any, number: int, ids: Any, start: int) -> Any:
+    def breaks(self: Engine, cache: Any, number: int, ids: Any, *more: Any, **named: Any) -> Any:
         if len(ids) == poisoned:
             raise RuntimeError("out of memory")
-        return read(self, cache, number, ids, start)
+        return read(self, cache, number, ids, *more, **named)
 
     one = summarizer(model, batch_size="3")
     given = documents(6)

@@ -138,7 +138,7 @@ def test_the_plain_products_of_a_cpu_read_the_same(monkeypatch: pytest.MonkeyPat
     model = tiny.tiny_llama()
     asked = [[Start(make_policy(name), 36) for name in (*POLICIES, "auv-look")]] * 2
     fused = write_together(model, prompts(), asked, max_new_tokens=12)
-    monkeypatch.setattr(plain_chunk, "pays", lambda query, power: query.shape[2] > 1)
+    monkeypatch.setattr(plain_chunk, "pays", lambda query, columns, power: query.shape[2] > 1)
     plain = write_together(model, prompts(), asked, max_new_tokens=12)
     for (full, others), (full_plain, others_plain) in zip(fused, plain, strict=True):
         assert full.token_ids == full_plain.token_ids
