@@ -101,7 +101,7 @@ def _read_row(layer: LayerCache, row: int, query: Tensor, key: Tensor, value: Te
         keys, values = held.key[None], held.value[None]
         out = attend_window(query, keys, values, scale, past, layer.window)
         layer.count_prefill(keys, values, key, value)
-        store.fill(row, held, layer.policy.choose(held, store.counts[row].capacity))
+        choose_and_fill(layer, row, held, None)
         return out[0].transpose(0, 1)
     folded = store.reconstructed(row)
     position = layer.compact.get(row)
@@ -131,12 +131,16 @@ def hold(layer: LayerCache, row: int, key: Tensor, value: Tensor) -> Held:
     return store.hold(row, key[0], value[0])
 
 
-def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttention) -> None:
-    """After a row's chunk has been attended to: the policy observes and chooses, and the store is filled."""
+def choose_and_fill(layer: LayerCache, row: int, held: Held, seen: ChunkAttention | None) -> None:
+    """After a row's chunk has been attended to: the policy observes and chooses, and the store is filled. Where the
+    layer slides there is nothing to observe, and `seen` is None."""
     store, policy = layer.store, layer.policy
+    capacity = store.counts[row].capacity
+    if seen is None:
+        store.fill(row, held, policy.choose(held, capacity))
+        return
     policy.observe_chunk(seen, held, store, row)
     share = layer.share.pop(row, None)
-    capacity = store.counts[row].capacity
     keep = policy.choose(held, capacity) if share is None else _choose_share(policy, held, share)
     kernel = fused_squeeze(held.key.device.type)
     if kernel is not None and layer.squeezes:

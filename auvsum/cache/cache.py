@@ -238,11 +238,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.update(key, value)
         if self.store.counts[row].seen:
             raise PolicyError("a prompt is taken whole", "begin the row anew before")
-        held = attention.hold(self, row, key, value)
-        if seen is None:
-            self.store.fill(row, held, self.policy.choose(held, self.store.counts[row].capacity))
-        else:
-            attention.choose_and_fill(self, row, held, seen)
+        attention.choose_and_fill(self, row, attention.hold(self, row, key, value), seen)
         self.row, self.reads_prompt = None, False
 
     @property

@@ -34,7 +34,7 @@ from auvsum.cache.cache import UncountedLayer, reading
 from auvsum.cache.codec import Codec, EvenCodec, Metric, Tiers, make_codec
 from auvsum.cache.head_profiles import find_profile
 from auvsum.cache.policies.auv_look import AUVLook
-from auvsum.cache.ragged import NARROW, Slots, Writing, add_to_sums, kept_sums, read_sums
+from auvsum.cache.ragged import NARROW, Slots, Writing, add_to_sums, kept_sums, read_sums, words_of
 from auvsum.cache.rotary import Rotary
 from auvsum.cache.sliding import layer_windows
 from auvsum.cache.tiered import bits_of_the_newest
@@ -321,26 +321,27 @@ class HeadsLayer(UncountedLayer):
         open_ = self.rows[row]
         assert open_ is not None
         groups, size = score.shape[0], open_.key.shape[-1]
+        sizes, wide = [sum(counts)], [score.shape[1] > NARROW]
+        words, high = words_of(position, fine, sizes, wide)
         self.rows[row] = None
-        self.loose[row] = slots = Slots(
+        self.loose[row] = Slots(
             keys=self.codec.pack(open_.key[head, position], fine, head, metric),
             values=self.codec.pack(open_.value[head, position], fine),
-            words=position,
-            high=position,
+            words=words,
+            high=high,
             aas=kept_sums(score[head, position].float().pow(self.policy.power) * self.policy.prior),
             starts=torch.tensor(list(accumulate(counts, initial=0)), device=head.device),
             write_keys=self.write_codec.allocate((write, groups), size, head.device),
             write_values=self.write_codec.allocate((write, groups), size, head.device),
             write_aas=torch.zeros((write, groups), dtype=torch.float32, device=head.device),
-            sizes=[sum(counts)],
+            sizes=sizes,
             fines=[int(fine.sum())],
             longest=[max(counts)],
-            wide=[score.shape[1] > NARROW],
+            wide=wide,
             room=[room],
             widths=[write],
             parts=self.codec.parts,
         )
-        slots.hold(position, fine)
 
     def make_room(self, new_keys: list[Tensor], new_values: list[Tensor], norms: Tensor | None) -> None:
         """Multi-step eviction: the older half of a full write region competes with the candidates of all heads.
@@ -397,7 +398,7 @@ class HeadsLayer(UncountedLayer):
         counts = counts.view(rows, groups)
         found = torch.stack([counts.sum(1), fines.long(), counts.amax(1)]).tolist()
         held.sizes, held.fines, held.longest = found
-        held.hold(position[best], fine[best])
+        held.words, held.high = words_of(position[best], fine[best], held.sizes, held.wide)
         held.write_keys, held.write_values = (
             [x[writing.shift] for x in kept] for kept in (held.write_keys, held.write_values)
         )

@@ -40,6 +40,19 @@ def read_sums(sums: Tensor) -> Tensor:
     return sums.float() / _AAS_UNITS
 
 
+def words_of(position: Tensor, fine: Tensor, sizes: Sequence[int], wide: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """`words` and `high` of `Slots` that hold the tokens `position`, int64 `[N]`, of which `fine`, bool `[N]`, are in
+    the finer codec."""
+    words = (position % NARROW * 2 + fine).to(torch.int32).to(torch.int16)
+    high = position[_in_wide_rows(sizes, wide, position.device)] // NARROW if any(wide) else position[:0]
+    return words, high.to(torch.uint8)
+
+
+def _in_wide_rows(sizes: Sequence[int], wide: Sequence[bool], device: torch.device) -> Tensor:
+    """Which slots have high bits, bool `[N]`."""
+    return torch.cat([torch.full((size,), own) for size, own in zip(sizes, wide, strict=True)]).to(device)
+
+
 @dataclass
 class Slots:
     """The candidates and write regions of M rows in one layer: row after row, in a row head after head.
@@ -80,23 +93,13 @@ class Slots:
         """Of the tokens, int64 `[N]`."""
         found = (self.words.long() & 0xFFFF) >> 1
         if len(self.high):
-            found[self._in_wide_rows()] += self.high.long() * NARROW
+            found[_in_wide_rows(self.sizes, self.wide, found.device)] += self.high.long() * NARROW
         return found
 
     @property
     def fine(self) -> Tensor:
         """Which are in the finer codec, bool `[N]`."""
         return (self.words & 1).bool()
-
-    def hold(self, position: Tensor, fine: Tensor) -> None:
-        """Notes which tokens the slots hold, int64 `[N]`, and which are in the finer codec, for `sizes` and `wide`."""
-        self.words = (position % NARROW * 2 + fine).to(torch.int32).to(torch.int16)
-        high = position[self._in_wide_rows()] // NARROW if any(self.wide) else position[:0]
-        self.high = high.to(torch.uint8)
-
-    def _in_wide_rows(self) -> Tensor:
-        wide = (torch.full((size,), own) for size, own in zip(self.sizes, self.wide, strict=True))
-        return torch.cat([*wide]).to(self.words.device)
 
     @property
     def groups(self) -> int:

@@ -173,8 +173,9 @@ def _beside(peer: dict[str, Any], metrics: dict[str, Any]) -> str:
         "|---|---:|---:|",
     ]
     named = [(f"kvpress {row['press']} @ {row['budget']}", row, [mine for mine, _ in both]) for row in peer["rows"]]
-    # The peer runs in fp32, where half of its share is as many slots of few bits as the whole in 16 bits.
-    budgets = {part for row in peer["rows"] for part in (row["budget"], f"{float(row['budget'].rstrip('%')) / 2:g}%")}
+    budgets = {row["budget"] for row in peer["rows"]}
+    if peer["dtype"] == "float32":  # there half of its share is as many slots of few bits as the whole in 16 bits
+        budgets |= {f"{float(budget.rstrip('%')) / 2:g}%" for budget in budgets}
     named += [
         (name, row["documents"], [at for _, at in both])
         for name, row in metrics["rows"].items()
